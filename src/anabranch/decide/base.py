@@ -1,0 +1,240 @@
+"""The nouns of the family: arms and their counts, environments that replay data, meters, and the plain bandits.
+
+A bandit is a `Policy` over k arms whose observation is the mask of the arms that are eligible now. It is told the
+reward, in [0, 1], of the arm that it pulled, at once or much later. Bandits are pure cells: a closed loop with an
+environment is one compiled scan (`anabranch.drive.play`), and one `vmap` runs it over seeds or over keys.
+
+    >>> bandit = UCB1(2)
+    >>> state, both = bandit.init(), jnp.array([True, True])
+    >>> for _ in range(20):
+    ...     state, decision = bandit.act(state, both)
+    ...     state = bandit.learn(state, both, decision, Feedback(jnp.float32(decision.action == 1)))
+    >>> int(decision.action), state.stats.n.tolist()
+    (1, [5.0, 15.0])
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from anabranch.cell import Cell, Decision, Env, Feedback, Policy, noise, select
+
+NEVER = 1e-6
+"""An arm with fewer (discounted) pulls counts as never pulled."""
+
+
+class ArmStats(NamedTuple):
+    """What is known of k arms: counts that may fade, as seen by an index policy.
+
+    A pull counts as `pending` from the decision until its outcome, so that an arm whose outcomes are slow does not look
+    unexplored. Pending pulls fade like settled ones; a pull whose outcome never comes is therefore forgotten too.
+    Counts are float32: without fading they stop growing at 2^24 pulls of one arm.
+    """
+
+    n: Float[Array, " k"]
+    """Settled pulls."""
+    s: Float[Array, " k"]
+    """The sum of their rewards."""
+    pending: Float[Array, " k"]
+    """Pulls whose outcome is not known yet."""
+    clock: Float[Array, ""]
+    """By how many halvings everything has faded so far, modulo `WRAP`."""
+
+    @classmethod
+    def zeros(cls, k: int) -> "ArmStats":
+        return cls(jnp.zeros(k), jnp.zeros(k), jnp.zeros(k), jnp.zeros(()))
+
+    @property
+    def pulls(self) -> Float[Array, " k"]:
+        return self.n + self.pending
+
+    @property
+    def mean(self) -> Float[Array, " k"]:
+        """Mean reward of settled pulls; 0 where there are none."""
+        return self.s / jnp.maximum(self.n, NEVER)
+
+    def fade(self, halvings: Float[Array, ""] | float) -> "ArmStats":
+        """Multiply all counts by 2^-halvings."""
+        w = jnp.exp2(-jnp.asarray(halvings, jnp.float32))
+        return ArmStats(w * self.n, w * self.s, w * self.pending, (self.clock + halvings) % WRAP)
+
+    def pull(self, arm: Int[Array, ""]) -> "ArmStats":
+        return self._replace(pending=self.pending + _one(arm, self.n))
+
+    def settle(self, arm: Int[Array, ""], reward: Float[Array, ""], pulled_at: Float[Array, ""]) -> "ArmStats":
+        """Move one pull, made when the clock showed `pulled_at`, from pending to settled."""
+        one = _one(arm, self.n)
+        left = jnp.exp2(-((self.clock - pulled_at) % WRAP))  # what has remained of that pull
+        return ArmStats(
+            self.n + one, self.s + reward * one, jnp.maximum(self.pending - left * one, 0.0), self.clock
+        )
+
+
+WRAP = 1024.0
+"""A pull that has halved this often is gone; a clock that wraps here keeps the precision of float32 for ever."""
+
+
+def _one(arm: Int[Array, ""], like: Float[Array, " k"]) -> Float[Array, " k"]:
+    return (jnp.arange(like.shape[0]) == arm).astype(like.dtype)
+
+
+def ucb(stats: ArmStats, bonus: Float[Array, ""] | float) -> Float[Array, " k"]:
+    """Upper confidence bounds: mean + bonus √(ln Σ pulls / pulls), infinite for arms never pulled.
+
+    With bonus √2 this is UCB1. Faded counts can sum to less than 1; the radicand is then 0, not negative.
+    """
+    pulls = stats.pulls
+    radicand = jnp.maximum(jnp.log(jnp.maximum(pulls.sum(), NEVER)), 0.0) / jnp.maximum(pulls, NEVER)
+    return jnp.where(pulls < NEVER, jnp.inf, stats.mean + bonus * jnp.sqrt(radicand))
+
+
+def choose(index: Float[Array, " k"], eligible: Bool[Array, " k"], key: PRNGKeyArray) -> Int[Array, ""]:
+    """The eligible arm of highest index, ties broken at random; -1 if no arm is eligible."""
+    index = jnp.where(eligible, index, -jnp.inf)
+    best = eligible & (index == index.max())
+    arm = jnp.argmax(jnp.where(best, jax.random.uniform(key, index.shape), -1.0))
+    return jnp.where(eligible.any(), arm, -1).astype(jnp.int32)
+
+
+class BanditState(NamedTuple):
+    stats: PyTree
+    t: Int[Array, ""]
+    """Decisions asked for so far: the counter of the noise."""
+    key: PRNGKeyArray
+
+
+class Bandit(Policy):
+    """An index policy over `k` arms: subclasses give `index`. Observation: the mask (k,) of eligible arms.
+
+    The action is the int32 arm, or -1 when none is eligible; such a decision teaches nothing. `decision.aux` is the
+    clock of the statistics at the pull.
+
+    Raises:
+        ValueError: if `k` is not positive.
+    """
+
+    k: int
+
+    def __check_init__(self):
+        if self.k < 1:
+            raise ValueError(f"a bandit needs at least one arm, got k = {self.k}")
+
+    def index(self, state: BanditState, key: PRNGKeyArray) -> Float[Array, " k"]:
+        """The arms' claims to be pulled now; `key` is fresh at every decision."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `index`")
+
+    def init(self, *, key=None) -> BanditState:
+        return BanditState(ArmStats.zeros(self.k), jnp.zeros((), jnp.int32), _default(key))
+
+    def act(self, state: BanditState, x: Bool[Array, " k"]) -> tuple[BanditState, Decision]:
+        draw, tie = jax.random.split(noise(state.key, state.t))
+        arm = choose(self.index(state, draw), x, tie)
+        state = BanditState(state.stats.pull(arm), state.t + 1, state.key)
+        return state, Decision(arm, jnp.zeros(()), state.stats.clock)
+
+    def learn(self, state: BanditState, x: PyTree, decision: Decision, feedback: Feedback) -> BanditState:
+        made = decision.action >= 0
+        return state._replace(stats=select(made, self.settle(state.stats, decision, feedback.reward), state.stats))
+
+    def settle(self, stats: PyTree, decision: Decision, reward: Float[Array, ""]) -> PyTree:
+        """The statistics after one outcome."""
+        return stats.settle(decision.action, reward, decision.aux)
+
+
+def _default(key: PRNGKeyArray | None) -> PRNGKeyArray:
+    return jax.random.PRNGKey(0) if key is None else key
+
+
+class UCB1(Bandit):
+    """Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the multiarmed bandit problem (Machine Learning 47, 2002).
+
+    The paper's constant is `bonus` = √2.
+    """
+
+    bonus: Float[Array, ""] | float = 2**0.5
+
+    def index(self, state, key):
+        return ucb(state.stats, self.bonus)
+
+
+class Thompson(Bandit):
+    """Thompson sampling for rewards 0 or 1 from the prior Beta(1, 1); a reward between counts as part of a success.
+
+    The probability of the choice has no closed form: `decision.logp` is 0.
+    """
+
+    def index(self, state, key):
+        stats = state.stats
+        return jax.random.beta(key, 1 + stats.s, 1 + jnp.maximum(stats.n - stats.s, 0.0))
+
+
+class EpsilonGreedy(Bandit):
+    """The arm of highest mean, or with probability ε / (1 + decay · t) any arm, in the t-th decision from 0.
+
+    Raises:
+        ValueError: if `epsilon` is not in [0, 1] or `decay` is negative.
+    """
+
+    epsilon: float = 0.1
+    decay: float = 0.0
+
+    def __check_init__(self):
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon is a probability, got {self.epsilon}")
+        if self.decay < 0:
+            raise ValueError(f"decay must not be negative, got {self.decay}")
+
+    def index(self, state, key):
+        mean = jnp.where(state.stats.pulls < NEVER, jnp.inf, state.stats.mean)
+        explore = jax.random.uniform(key) < self.epsilon / (1 + self.decay * state.t)
+        return jnp.where(explore, 0.0, mean)  # all tie: any eligible arm
+
+
+class RoundRobin(Bandit):
+    """Each arm in turn; one that is not eligible gives its turn to the next that is."""
+
+    def index(self, state, key):
+        return -((jnp.arange(self.k) - state.t) % self.k).astype(jnp.float32)
+
+
+class Static(Bandit):
+    """A fixed rule: always the eligible arm of highest score. `Static(scores)`, scores (k,)."""
+
+    scores: Float[Array, " k"]
+
+    def __init__(self, scores: Float[Array, " k"]):
+        self.scores = jnp.asarray(scores, jnp.float32)
+        if self.scores.ndim != 1:
+            raise ValueError(f"scores must be one number per arm, got an array of shape {self.scores.shape}")
+        self.k = self.scores.shape[0]
+
+    def index(self, state, key):
+        return self.scores
+
+
+class Exp3IX(Bandit):
+    """Neu: Explore no more: improved high-probability regret bounds for non-stochastic bandits (NeurIPS 2015).
+
+    Anytime: η_t = √(2 ln k / (k t)), γ_t = η_t / 2. With k fixed arms always eligible this is the paper's algorithm;
+    where some are not, the weights are normalised over those that are. The statistics are the estimated losses (k,),
+    relative to the smallest.
+    """
+
+    def init(self, *, key=None):
+        return BanditState(jnp.zeros(self.k), jnp.zeros((), jnp.int32), _default(key))
+
+    def rate(self, t: Int[Array, ""]) -> Float[Array, ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return jnp.sqrt(2 * jnp.log(self.k) / (self.k * jnp.maximum(t, 1)))
+
+    def act(self, state, x):
+        logits = jnp.where(x, -self.rate(state.t + 1) * state.stats, -jnp.inf)
+        logp = logits - jax.nn.logsumexp(jnp.where(x.any(), logits, 0.0))
+        arm = choose(logits + jax.random.gumbel(noise(state.key, state.t), (self.k,)), x, state.key)
+        return state._replace(t=state.t + 1), Decision(arm, jnp.where(x.any(), logp[arm], 0.0), state.t + 1)
+
+    def settle(self, stats, decision, reward):
+        p = jnp.exp(decision.logp)
+        losses = stats + _one(decision.action, stats) * (1 - reward) / (p + self.rate(decision.aux) / 2)
+        return losses - losses.min()

@@ -1,0 +1,1 @@
+"""The keyed runtime: any cell, one state a key, replayed or live."""
