@@ -1,0 +1,576 @@
+"""`Keyed`: one state a key, for millions of keys, in one compiled call a micro-batch.
+
+The state of a key is a row of 32-bit words; the rows of all keys are one array. A micro-batch runs in one of two forms:
+
+* `loop`: a compiled loop over the events. Each reads its key's row, steps, and writes the row back in place. Its time
+  does not depend on how skewed the keys are. For small cells on a CPU.
+* `waves`: the first event of every key, then the second of every key, and so on, each wave one batched step. For cells
+  with much arithmetic, and on accelerators.
+
+Keys beyond `capacity` spill, least recently used first, to host memory and then to disk, and come back bit for bit.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from jaxtyping import PyTree, UInt32
+
+from anabranch.cell import Cell, State, noise
+from anabranch.state import Packing
+
+LOOP_FLOPS = 20_000
+"""A step with more arithmetic than this runs in waves (bench/keyed.py --forms; the two cross between 10 and 50 k)."""
+SIZES = (256, 4096, 32768)
+"""Compiled lengths of a micro-batch; a longer one is cut."""
+
+
+class Rows(NamedTuple):
+    """States of some keys, outside the runtime: what a checkpoint holds."""
+
+    keys: list[Hashable]
+    rows: UInt32[np.ndarray, "n words"]
+
+
+class Keyed:
+    """A cell with one state for each key.
+
+    Arguments:
+        cell: any cell that is not coupled.
+        capacity: keys whose state is held ready; the others spill.
+        seed: from which each key's random initial state is drawn, if the cell's `init` draws any.
+        threads: shards of the keys that run side by side in the `loop` form.
+        form: "loop" or "waves"; by default chosen by the arithmetic of a step.
+        memory: keys held in host memory beyond `capacity`, before the disk is used.
+        folder: where keys spill on disk; by default a temporary folder.
+
+    The results equal a plain sequential loop over the events, whatever the size of the batches:
+
+        >>> from anabranch.combine import Delay
+        >>> last = Keyed(Delay(1, like=jnp.zeros(())), capacity=100)
+        >>> last(["a", "b", "a", "a"], np.array([1.0, 2.0, 3.0, 4.0], np.float32)).tolist()
+        [0.0, 0.0, 1.0, 3.0]
+        >>> last(["b"], np.array([5.0], np.float32)).tolist(), len(last)
+        ([2.0], 2)
+
+    Raises:
+        ValueError: if the cell is coupled, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        capacity: int,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        form: str | None = None,
+        memory: int = 1_000_000,
+        folder: str | Path | None = None,
+    ):
+        if cell.coupled:
+            raise ValueError(f"{type(cell).__name__} is coupled: its rows depend on each other and have no state of their own")
+        if capacity < 1:
+            raise ValueError(f"capacity must be positive, got {capacity}")
+        if form not in (None, "loop", "waves"):
+            raise ValueError(f"form must be 'loop' or 'waves', got {form!r}")
+        self.cell, self.capacity, self.seed, self._form = cell, capacity, seed, form
+        # Every key has a number, in the order of its first event; all else is arrays over these numbers or over slots.
+        self._numbers: dict[Hashable, int] = {}
+        self._keys: list[Hashable] = []
+        self._place = np.empty(0, np.int64)  # its slot if ready, -1 - its row of the spill if not
+        self._dirty = np.empty(0, bool)
+        self._batch = 0
+        if cell.host:
+            self._states: dict[Hashable, State] = {}
+            return
+        # More shards than cores gain nothing; few keys are not worth splitting.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(cores, 8) if threads is None else threads
+        self._shards = max(1, min(threads, capacity // 64)) if form != "waves" else 1
+        self._pool = ThreadPoolExecutor(self._shards) if self._shards > 1 else None
+        self._packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
+        per_shard = -(-capacity // self._shards)
+        self.capacity = capacity = per_shard * self._shards
+        # One row more than keys: where padding reads and writes.
+        self._rows = [jnp.zeros((per_shard + 1, self._packing.words), jnp.uint32) for _ in range(self._shards)]
+        self._owner = np.full(capacity, -1, np.int64)
+        self._used = np.full(capacity, -1, np.int64)
+        self._spill = Spill(self._packing.words, memory, folder)
+        first = [np.asarray(_fresh_rows(cell, seed, np.array([i], np.uint32))) for i in (1, 2, 3)]
+        self._template = first[0] if all((row == first[0]).all() for row in first) else None
+
+    # The stream
+
+    def __call__(self, keys: Sequence[Hashable] | np.ndarray | pa.Array, xs: PyTree) -> PyTree:
+        """Step once for each event, in order; `xs` and the result are stacked on a leading axis.
+
+        Raises:
+            ValueError: if a key is null, or keys and inputs differ in number.
+        """
+        keys = _key_array(keys)
+        n = len(keys)
+        lengths = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(xs)}
+        if lengths - {n}:
+            raise ValueError(f"{n} keys came with inputs of length {sorted(lengths)}")
+        if n == 0:
+            raise ValueError("a micro-batch needs at least one event")
+        if self.cell.host:
+            return self._step_host(keys, xs)
+        xs = jax.tree.map(np.asarray, xs)
+        parts = []
+        for start in range(0, n, SIZES[-1]):
+            stop = min(start + SIZES[-1], n)
+            part = keys[start:stop] if isinstance(keys, list) else keys.slice(start, stop - start)
+            parts.append(self._step(part, jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], xs)))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: np.concatenate(ys), *parts)
+
+    def _step(self, keys, xs: PyTree) -> PyTree:
+        codes, unique = _factorize(keys)
+        if len(unique) > self.capacity:  # more keys at once than there is room for: one half after the other
+            half = len(codes) // 2
+            a = self._step(_part(keys, 0, half), jax.tree.map(lambda leaf: leaf[:half], xs))
+            b = self._step(_part(keys, half, len(codes)), jax.tree.map(lambda leaf: leaf[half:], xs))
+            return jax.tree.map(lambda *ys: np.concatenate(ys), a, b)
+        self._batch += 1
+        numbers = self._number(unique)
+        self._admit(numbers)
+        self._dirty[numbers] = True
+        slots = self._place[numbers][codes]
+        if self.form(jax.tree.map(lambda leaf: leaf[0], xs)) == "waves":
+            return self._waves(slots, xs)
+        return self._loop(slots, xs)
+
+    def form(self, x: PyTree) -> str:
+        """Which form micro-batches of inputs like `x` run in."""
+        if self._form is None:
+            flops = _flops(self.cell, x)
+            self._form = "loop" if jax.default_backend() == "cpu" and flops <= LOOP_FLOPS else "waves"
+        return self._form
+
+    def _loop(self, slots: np.ndarray, xs: PyTree) -> PyTree:
+        n, size = len(slots), next(s for s in SIZES if s >= len(slots))
+        xs = _pad(xs, size)
+        if self._shards == 1:
+            orders = [np.arange(n, dtype=np.int32)]
+        else:
+            shard = slots % self._shards
+            orders = [np.flatnonzero(shard == i).astype(np.int32) for i in range(self._shards)]
+
+        def run(i):
+            order = orders[i]
+            if not len(order):
+                return None
+            local = slots[order] // self._shards
+            call = (self.cell, _pad(local.astype(np.int32), size), _pad(order, size), np.int32(len(order)), xs)
+            self._rows[i], ys = _loop_over(call, self._rows[i])
+            return jax.block_until_ready(ys)
+
+        parts = [run(0)] if self._pool is None else list(self._pool.map(run, range(self._shards)))
+        done = [(order, ys) for order, ys in zip(orders, parts) if ys is not None]
+        if len(done) == 1:
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], done[0][1])
+
+        def merge(*leaves):
+            out = np.empty((n, *leaves[0].shape[1:]), leaves[0].dtype)
+            for (order, _), leaf in zip(done, leaves):
+                out[order] = np.asarray(leaf)[: len(order)]
+            return out
+
+        return jax.tree.map(merge, *(ys for _, ys in done))
+
+    def _waves(self, slots: np.ndarray, xs: PyTree) -> PyTree:
+        order = np.argsort(slots, kind="stable")
+        first = np.r_[True, np.diff(slots[order]) != 0]
+        start = np.maximum.accumulate(np.where(first, np.arange(len(slots)), 0))
+        turn = np.empty(len(slots), np.int64)
+        turn[order] = np.arange(len(slots)) - start  # the how-manieth event of its key
+        by_turn = np.argsort(turn, kind="stable")
+        bounds = np.flatnonzero(np.r_[True, np.diff(turn[by_turn]) != 0, True])
+        rows_of = -(-self.capacity // self._shards)
+        out: PyTree = None
+        for a, b in zip(bounds[:-1], bounds[1:]):
+            for at in range(a, b, WIDTHS[-1]):
+                events = by_turn[at : min(at + WIDTHS[-1], b)]
+                width = next(w for w in WIDTHS if w >= len(events))
+                x = _pad(jax.tree.map(lambda leaf, e=events: leaf[e], xs), width)
+                local = np.full(width, rows_of, np.int32)
+                local[: len(events)] = slots[events]
+                self._rows[0], ys = _wave((self.cell, local, x), self._rows[0])
+                if out is None:
+                    out = jax.tree.map(lambda leaf: np.empty((len(slots), *leaf.shape[1:]), leaf.dtype), ys)
+                for whole, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(ys)):
+                    whole[events] = np.asarray(leaf)[: len(events)]
+        return out
+
+    def _step_host(self, keys, xs: PyTree) -> PyTree:
+        ys = []
+        for i, key in enumerate(keys if isinstance(keys, list) else keys.to_pylist()):
+            if key not in self._states:
+                self._states[key] = self.cell.init(key=noise(jax.random.PRNGKey(self.seed), _hash(key), "init"))
+            self._states[key], y = self.cell.step(self._states[key], jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+            ys.append(y)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *ys)
+
+    # Where the keys are
+
+    def __len__(self) -> int:
+        return len(self._states) if self.cell.host else len(self._keys)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in (self._states if self.cell.host else self._numbers)
+
+    @property
+    def spilled(self) -> int:
+        """Keys that are in host memory or on disk."""
+        return 0 if self.cell.host else len(self._keys) - int((self._owner >= 0).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states, wherever they are."""
+        return 0 if self.cell.host else 4 * self._packing.words * len(self._keys)
+
+    def state(self, key: Hashable) -> State:
+        """The state of one key.
+
+        Raises:
+            KeyError: if the key has not been seen.
+        """
+        if key not in self:
+            raise KeyError(f"no event has come with the key {key!r}")
+        if self.cell.host:
+            return self._states[key]
+        return self._packing.unpack(jnp.asarray(self._read(np.array([self._numbers[key]]))[0]))
+
+    def _number(self, keys: list) -> np.ndarray:
+        """The numbers of these keys, which are distinct; new keys get theirs."""
+        known = self._numbers
+        numbers = np.array([known.get(key, -1) for key in keys], np.int64)
+        new = np.flatnonzero(numbers < 0)
+        if len(new):
+            first = len(self._keys)
+            numbers[new] = np.arange(first, first + len(new))
+            fresh = [keys[i] for i in new.tolist()]
+            known.update(zip(fresh, range(first, first + len(new))))
+            self._keys += fresh
+            if len(self._keys) > len(self._place):
+                size = max(1024, 2 * len(self._keys))
+                self._place = _grow(self._place, size, -1)
+                self._dirty = _grow(self._dirty, size, False)
+            self._place[numbers[new]] = _NOWHERE
+        return numbers
+
+    def _admit(self, numbers: np.ndarray) -> None:
+        """Make the states of these keys ready: made if new, fetched if spilled."""
+        place = self._place[numbers]
+        ready = place >= 0
+        self._used[place[ready]] = self._batch  # so that none of this batch is sent away
+        absent = numbers[~ready]
+        if not len(absent):
+            return
+        free = np.flatnonzero(self._owner < 0)
+        if len(absent) > len(free):
+            self._evict(len(absent) - len(free))
+            free = np.flatnonzero(self._owner < 0)
+        slots = free[: len(absent)]
+        rows = np.empty((len(absent), self._packing.words), np.uint32)
+        place = self._place[absent]  # again: an eviction may have moved some from memory to disk
+        new = place == _NOWHERE
+        if new.any():
+            rows[new] = self._initial([self._keys[i] for i in absent[new].tolist()])
+        if not new.all():
+            rows[~new] = self._spill.take(-1 - place[~new])
+        self._scatter(slots, rows)
+        self._owner[slots] = absent
+        self._place[absent] = slots
+        self._used[slots] = self._batch
+
+    def _evict(self, need: int) -> None:
+        # Some more than needed, so that the search for the oldest is paid once for many.
+        old = np.flatnonzero((self._owner >= 0) & (self._used < self._batch))
+        leave = _oldest(old, self._used[old], max(need, self.capacity // 16))
+        moved, places = self._spill.put(self._gather(leave), self._owner[leave])
+        self._place[moved] = -1 - places
+        self._owner[leave] = -1
+
+    def _initial(self, keys: list) -> np.ndarray:
+        if self._template is not None:
+            return self._template
+        hashes = np.array([_hash(key) for key in keys], np.uint32)
+        return np.asarray(_fresh_rows(self.cell, self.seed, _pad(hashes)))[: len(keys)]
+
+    def _read(self, numbers: np.ndarray) -> np.ndarray:
+        """Copies of the rows of these keys, wherever they are."""
+        place = self._place[numbers]
+        rows = np.empty((len(numbers), self._packing.words), np.uint32)
+        rows[place >= 0] = self._gather(place[place >= 0])
+        rows[place < 0] = self._spill.read(-1 - place[place < 0])
+        return rows
+
+    def _gather(self, slots: np.ndarray) -> np.ndarray:
+        rows = np.empty((len(slots), self._packing.words), np.uint32)
+        for i, shard in enumerate(self._rows):
+            mine = np.flatnonzero(slots % self._shards == i)
+            if len(mine):
+                rows[mine] = np.asarray(_take(shard, _pad((slots[mine] // self._shards).astype(np.int32))))[: len(mine)]
+        return rows
+
+    def _scatter(self, slots: np.ndarray, rows: np.ndarray) -> None:
+        scratch = self.capacity // self._shards
+        for i in range(self._shards):
+            mine = np.flatnonzero(slots % self._shards == i)
+            if len(mine):
+                local = (slots[mine] // self._shards).astype(np.int32)
+                self._rows[i] = _put(self._rows[i], _pad(local, fill=scratch), _pad(rows[mine]))
+
+    # Checkpoints
+
+    def changed(self) -> Rows:
+        """States that have changed since the last call, which is when they count as saved.
+
+        Raises:
+            TypeError: for a cell on the host, whose states are no arrays.
+        """
+        if self.cell.host:
+            raise TypeError(f"{type(self.cell).__name__} runs on the host: its states cannot be saved")
+        numbers = np.flatnonzero(self._dirty[: len(self._keys)])
+        self._dirty[:] = False
+        return Rows([self._keys[i] for i in numbers.tolist()], self._read(numbers))
+
+    def everything(self) -> Rows:
+        """The states of all keys."""
+        self._dirty[: len(self._keys)] = True
+        return self.changed()
+
+    def restore(self, saved: Rows) -> None:
+        """Take over saved states; later ones replace earlier ones of the same key.
+
+        Raises:
+            ValueError: if the rows are not states of this cell.
+        """
+        if saved.rows.ndim != 2 or saved.rows.shape[1] != self._packing.words:
+            raise ValueError(f"a state of this cell has {self._packing.words} words, the saved rows have shape {saved.rows.shape}")
+        step = min(self.capacity, SIZES[-1])
+        for start in range(0, len(saved.keys), step):
+            keys = saved.keys[start : start + step]
+            self._batch += 1
+            numbers = self._number(keys)
+            self._admit(numbers)
+            self._scatter(self._place[numbers], saved.rows[start : start + step])
+            self._dirty[numbers] = False
+
+
+WIDTHS = (8, 64, 512)
+"""Compiled widths of a wave."""
+
+
+_NOWHERE = np.iinfo(np.int64).min
+"""The place of a key whose state has not been made."""
+
+
+class Spill:
+    """Rows that are not held ready: the most recent `memory` of them in host memory, older ones in a file.
+
+    Rows are numbered; those from `memory` on are on disk.
+    """
+
+    def __init__(self, words: int, memory: int, folder: str | Path | None):
+        self.words, self.memory, self._folder = words, memory, folder
+        self._held = np.empty((0, words), np.uint32)
+        self._disk: np.ndarray = np.empty((0, words), np.uint32)
+        self._file: Any = None
+        self._owner = np.empty(0, np.int64)  # over rows in memory; -1 where free
+        self._stamp = np.empty(0, np.int64)
+        self._taken = np.empty(0, bool)  # over rows on disk
+        self._clock = 0
+
+    def put(self, rows: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keep these rows. Returns every key that moved, and the row where it is now."""
+        live = np.flatnonzero(self._owner >= 0)
+        extra = len(live) + len(rows) - self.memory
+        moved, places = [], []
+        if extra > 0 and len(live):  # what has been here longest goes to disk
+            leave = _oldest(live, self._stamp[live], max(extra, len(live) // 16))
+            moved.append(self._owner[leave])
+            places.append(self._to_disk(self.take(leave)))
+            extra -= len(leave)
+        stay = len(rows) - max(0, extra)
+        moved.append(owners)
+        places += [self._to_memory(rows[:stay], owners[:stay]), self._to_disk(rows[stay:])]
+        return np.concatenate(moved), np.concatenate(places)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Give these rows back and forget them."""
+        rows = self.read(ids)
+        self._owner[ids[ids < self.memory]] = -1
+        self._taken[ids[ids >= self.memory] - self.memory] = False
+        return rows
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Copies of these rows."""
+        rows = np.empty((len(ids), self.words), np.uint32)
+        disk = ids >= self.memory
+        rows[~disk] = self._held[ids[~disk]]
+        rows[disk] = self._disk[ids[disk] - self.memory]
+        return rows
+
+    def _to_memory(self, rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
+        free = np.flatnonzero(self._owner < 0)[: len(rows)]
+        if len(free) < len(rows):
+            size = min(self.memory, max(1024, 2 * (len(self._owner) + len(rows))))
+            self._held = _grow(self._held, size, 0)
+            self._owner, self._stamp = _grow(self._owner, size, -1), _grow(self._stamp, size, 0)
+            free = np.flatnonzero(self._owner < 0)[: len(rows)]
+        self._held[free], self._owner[free] = rows, owners
+        self._clock += 1
+        self._stamp[free] = self._clock
+        return free
+
+    def _to_disk(self, rows: np.ndarray) -> np.ndarray:
+        free = np.flatnonzero(~self._taken)[: len(rows)]
+        if len(free) < len(rows):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="anabranch-spill-", dir=self._folder)
+            size = max(1024, 2 * (len(self._taken) + len(rows)))
+            self._taken = _grow(self._taken, size, False)
+            self._file.truncate(size * self.words * 4)
+            self._disk = np.memmap(self._file, np.uint32, "r+", shape=(size, self.words))
+            free = np.flatnonzero(~self._taken)[: len(rows)]
+        self._disk[free], self._taken[free] = rows, True
+        return free + self.memory
+
+
+def _oldest(ids: np.ndarray, stamps: np.ndarray, count: int) -> np.ndarray:
+    count = min(len(ids), count)
+    return ids[np.argpartition(stamps, count - 1)[:count]]
+
+
+def _grow(array: np.ndarray, size: int, fill: Any) -> np.ndarray:
+    out = np.full((size, *array.shape[1:]), fill, array.dtype)
+    out[: len(array)] = array
+    return out
+
+
+# Compiled once for a cell, and shared by all `Keyed` of it. Row buffers are donated: they are updated in place.
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _loop_over(call, rows):
+    cell, slots, order, n, xs = call
+    packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
+    at = lambda i: jax.tree.map(lambda leaf: leaf[i], xs)
+    shape = jax.eval_shape(lambda row, x: cell.step(packing.unpack(row), x)[1], rows[0], at(0))
+    ys = jax.tree.map(lambda s: jnp.zeros((len(order), *s.shape), s.dtype), shape)
+
+    def body(i, carry):
+        rows, ys = carry
+        row = jax.lax.dynamic_slice(rows, (slots[i], 0), (1, packing.words))
+        # Without the barrier the read is moved behind the write, and the whole array is copied for its sake.
+        rows, row = jax.lax.optimization_barrier((rows, row))
+        state, y = cell.step(packing.unpack(row[0]), at(order[i]))
+        rows = jax.lax.dynamic_update_slice(rows, packing.pack(state)[None], (slots[i], 0))
+        return rows, jax.tree.map(lambda all, new: all.at[i].set(new), ys, y)
+
+    return jax.lax.fori_loop(0, n, body, (rows, ys))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _wave(call, rows):
+    cell, slots, xs = call
+    packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
+    states = jax.vmap(packing.unpack)(rows[slots])
+    states, ys = jax.vmap(lambda state, x: cell.step(state, x))(states, xs)
+    return rows.at[slots].set(jax.vmap(packing.pack)(states)), ys
+
+
+@eqx.filter_jit
+def _fresh_rows(cell, seed, hashes):
+    key = jax.random.PRNGKey(seed)
+    return jax.vmap(lambda h: _pack(cell.init(key=noise(key, h, "init"))))(hashes)
+
+
+def _pack(state):
+    return Packing(state).pack(state)
+
+
+@jax.jit
+def _take(rows, slots):
+    return rows[slots]
+
+
+@eqx.filter_jit(donate="all")
+def _put(rows, slots, new):
+    return rows.at[slots].set(new)
+
+
+def _flops(cell: Cell, x: PyTree) -> float:
+    step = eqx.filter_jit(lambda cell, state, x: cell.step(state, x))
+    compiled = step.lower(cell, cell.init(key=jax.random.PRNGKey(0)), x).compile()
+    analysis = compiled.compiled.cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
+
+
+def _pad(tree: PyTree, size: int | None = None, fill: int = 0) -> PyTree:
+    """Every array made as long as `size`, by default the next power of two."""
+
+    def pad(leaf):
+        leaf = np.asarray(leaf)
+        length = max(8, 1 << (len(leaf) - 1).bit_length()) if size is None else size
+        if len(leaf) == length:
+            return leaf
+        out = np.full((length, *leaf.shape[1:]), fill, leaf.dtype)
+        out[: len(leaf)] = leaf
+        return out
+
+    return jax.tree.map(pad, tree)
+
+
+def _hash(key: Hashable) -> int:
+    """A number for a key that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+def _part(keys, a: int, b: int):
+    return keys[a:b] if isinstance(keys, list) else keys.slice(a, b - a)
+
+
+def _key_array(keys) -> pa.Array | list:
+    """Keys as an Arrow array where they are of one plain type, else as a list."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()
+    if isinstance(keys, (pa.Array, list)) and len(keys) == 0:
+        return []
+    if not isinstance(keys, pa.Array):
+        kinds = set(map(type, keys)) if not isinstance(keys, np.ndarray) or keys.dtype == object else None
+        if kinds is not None and kinds not in ({str}, {int}, {bytes}):
+            keys = list(keys)
+            if None in keys:
+                raise ValueError(f"the key of event {keys.index(None)} is null")
+            return keys
+        keys = pa.array(keys)
+    if keys.null_count:
+        raise ValueError(f"the key of event {keys.is_null().to_pylist().index(True)} is null")
+    return keys
+
+
+def _factorize(keys) -> tuple[np.ndarray, list]:
+    """Each event's number among the distinct keys, and these keys."""
+    if isinstance(keys, list):
+        numbers: dict[Hashable, int] = {}
+        codes = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
+        return codes, list(numbers)
+    coded = keys if isinstance(keys, pa.DictionaryArray) else keys.dictionary_encode()
+    codes = coded.indices.to_numpy(zero_copy_only=False)
+    if len(coded.dictionary) > len(codes):  # a dictionary that a slice shares with a longer array
+        coded = coded.cast(coded.dictionary.type).dictionary_encode()
+        codes = coded.indices.to_numpy(zero_copy_only=False)
+    return codes, coded.dictionary.to_pylist()

@@ -1,0 +1,213 @@
+"""`Keyed` must equal a plain loop over the events, whatever the batches, the skew, the keys and the room."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anabranch import Cell, noise
+from anabranch.cell import Learner
+from anabranch.run.keyed import Keyed, Spill
+
+D = 3
+
+
+class Recurrent(Cell):
+    """A small nonlinear recurrence: any mistake in order or row shows in every later output."""
+
+    w: jax.Array
+
+    def __init__(self):
+        self.w = jax.random.normal(jax.random.PRNGKey(1), (D, D))
+
+    def init(self, *, key=None):
+        return {"h": jnp.zeros(D), "n": jnp.zeros((), jnp.int32), "odd": jnp.zeros((), bool)}
+
+    def step(self, state, x):
+        h = jnp.tanh(self.w @ state["h"] + x)
+        n = state["n"] + 1
+        return {"h": h, "n": n, "odd": ~state["odd"]}, {"h": h, "n": n}
+
+
+class Random(Cell):
+    """Its initial state is drawn."""
+
+    def init(self, *, key=None):
+        return jax.random.normal(key, (2,))
+
+    def step(self, state, x):
+        return state, state + x
+
+
+CELL = Recurrent()
+STEP = jax.jit(lambda state, x: CELL.step(state, x))
+
+
+def sequential(keys, xs):
+    states, out = {}, []
+    for key, x in zip(keys, xs):
+        state, y = STEP(states.get(key, CELL.init()), x)
+        states[key] = state
+        out.append(np.asarray(y["h"]))
+    return np.stack(out), states
+
+
+def stream(n, keys, skew, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = {"uniform": rng.integers(0, keys, n), "zipf": np.minimum(rng.zipf(1.5, n), keys) - 1, "one": np.zeros(n, int)}
+    return draw[skew], rng.normal(size=(n, D)).astype(np.float32)
+
+
+def run(keyed, keys, xs, sizes):
+    out, start = [], 0
+    for size in sizes:
+        out.append(keyed(keys[start : start + size], xs[start : start + size])["h"])
+        start += size
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("form", ["loop", "waves"])
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "one"])
+def test_equals_a_sequential_loop(form, skew):
+    keys, xs = stream(600, 300, skew)
+    expected, states = sequential(keys, xs)
+    for sizes in ([600], [1, 7, 92, 500]):
+        keyed = Keyed(CELL, 300, form=form)
+        np.testing.assert_allclose(run(keyed, keys, xs, sizes), expected, atol=1e-6)
+        assert len(keyed) == len(states)
+        some = int(keys[-1])
+        np.testing.assert_allclose(keyed.state(some)["h"], states[some]["h"], atol=1e-6)
+        assert int(keyed.state(some)["n"]) == int(states[some]["n"])
+
+
+@pytest.mark.parametrize("memory", [1000, 10, 0])
+def test_keys_beyond_capacity_come_back_bit_for_bit(memory, tmp_path):
+    keys, xs = stream(900, 200, "uniform")
+    sizes = [37] * 24 + [12]
+    roomy, tight = Keyed(CELL, 200, threads=1), Keyed(CELL, 50, threads=1, memory=memory, folder=tmp_path)
+    np.testing.assert_array_equal(run(tight, keys, xs, sizes), run(roomy, keys, xs, sizes))
+    assert tight.spilled == len(tight) - 50 and roomy.spilled == 0
+    for key in range(0, 200, 7):
+        np.testing.assert_array_equal(tight.state(key)["h"], roomy.state(key)["h"])
+    # The least recently used have left.
+    recent = set(keys[-12:].tolist())
+    ready = {tight._keys[i] for i in tight._owner.tolist() if i >= 0}
+    assert recent <= ready
+
+
+def test_a_batch_of_more_keys_than_there_is_room_for():
+    keys, xs = np.arange(40), stream(40, 40, "uniform")[1]
+    np.testing.assert_allclose(Keyed(CELL, 7)(keys, xs)["h"], sequential(keys, xs)[0], atol=1e-6)
+
+
+def test_shards_do_not_change_results():
+    keys, xs = stream(500, 300, "zipf")
+    one, two = Keyed(CELL, 256, threads=1), Keyed(CELL, 256, threads=2)
+    np.testing.assert_array_equal(one(keys, xs)["h"], two(keys, xs)["h"])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["a", "b", "a", "ü"],
+        [1, 2, 1, -(2**40)],
+        [("JFK", 1), ("JFK", 2), ("JFK", 1), ("LGA", 1)],
+        [1, "1", 1, b"1"],
+        np.array(["x", "y", "x", "z"]),
+        pa.array(["x", "y", "x", "z"]).dictionary_encode(),
+        pa.chunked_array([["x", "y"], ["x", "z"]]),
+    ],
+    ids=["str", "int", "tuple", "mixed", "numpy", "dictionary", "chunked"],
+)
+def test_keys_of_any_hashable_type(keys):
+    keyed = Keyed(CELL, 10)
+    assert keyed(keys, np.zeros((4, D), np.float32))["n"].tolist() == [1, 1, 2, 1]
+    assert len(keyed) == 3
+
+
+def test_initial_states_are_drawn_by_key_and_nothing_else():
+    a, b = Keyed(Random(), 10, seed=3), Keyed(Random(), 2, seed=3)
+    zeros = np.zeros((3, 2), np.float32)
+    first = a(["u", "v", "w"], zeros)
+    assert not np.array_equal(first[0], first[1])
+    other = b(["w", "u", "v"], zeros)
+    np.testing.assert_array_equal(first[[2, 0, 1]], other)
+    assert not np.array_equal(Keyed(Random(), 2, seed=4)(["u"], zeros[:1])[0], first[0])
+    assert noise(jax.random.PRNGKey(0), 1, "a").shape == (2,)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=12), st.integers(1, 40))
+def test_changed_and_restore(batches, capacity):
+    """The changes since the last call, replayed in order over an empty runtime, give back every state."""
+    rng = np.random.default_rng(1)
+    keyed, saved = Keyed(CELL, capacity, threads=1, memory=5), []
+    for i, (low, count) in enumerate(batches):
+        keyed(rng.integers(low, low + 15, count), rng.normal(size=(count, D)).astype(np.float32))
+        if i % 2:
+            saved.append(keyed.changed())
+    saved.append(keyed.changed())
+    assert len(keyed.changed().keys) == 0
+    copy = Keyed(CELL, 3, threads=1, memory=2)
+    for rows in saved:
+        copy.restore(rows)
+    whole = keyed.everything()
+    assert sorted(whole.keys) == sorted(copy.everything().keys)
+    for key in whole.keys:
+        jax.tree.map(np.testing.assert_array_equal, keyed.state(key), copy.state(key))
+
+
+def test_spill_keeps_what_came_last_in_memory(tmp_path):
+    spill = Spill(words=1, memory=4, folder=tmp_path)
+    where = {}
+    for i in range(10):
+        moved, places = spill.put(np.array([[i]], np.uint32), np.array([i]))
+        where.update(zip(moved.tolist(), places.tolist()))
+    assert [i for i in where if where[i] < 4] == [6, 7, 8, 9]
+    assert spill.take(np.array([where[0], where[9], where[5]])).ravel().tolist() == [0, 9, 5]
+
+
+class Counting(Learner):
+    """A cell on the host."""
+
+    host = True
+
+    def init(self, *, key=None):
+        return 0
+
+    def step(self, state, x):
+        return state + 1, np.float32(state + x)
+
+
+def test_cells_on_the_host():
+    keyed = Keyed(Counting(), 10)
+    assert keyed(["a", "b", "a"], np.zeros(3, np.float32)).tolist() == [0, 0, 1]
+    assert len(keyed) == 2 and keyed.state("a") == 2
+    with pytest.raises(TypeError, match="cannot be saved"):
+        keyed.changed()
+
+
+def test_bad_input():
+    class Coupled(Recurrent):
+        coupled = True
+
+    with pytest.raises(ValueError, match="coupled"):
+        Keyed(Coupled(), 10)
+    with pytest.raises(ValueError, match="capacity"):
+        Keyed(CELL, 0)
+    with pytest.raises(ValueError, match="form"):
+        Keyed(CELL, 10, form="fast")
+    keyed = Keyed(CELL, 10)
+    with pytest.raises(ValueError, match="event 1 is null"):
+        keyed(["a", None], np.zeros((2, D), np.float32))
+    with pytest.raises(ValueError, match="2 keys came with inputs of length"):
+        keyed(["a", "b"], np.zeros((3, D), np.float32))
+    with pytest.raises(ValueError, match="at least one event"):
+        keyed([], np.zeros((0, D), np.float32))
+    with pytest.raises(KeyError, match="never"):
+        keyed.state("never")
+    with pytest.raises(ValueError, match="words"):
+        keyed.restore(keyed.everything()._replace(rows=np.zeros((0, 1), np.uint32)))
