@@ -11,10 +11,12 @@ LookupError: no method 'bitpip'; did you mean bitpipe?
 
 import csv
 import difflib
+import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).parent
 
@@ -63,6 +65,21 @@ def find(slug: str) -> Method:
         if method.slug == slug:
             return method
     raise LookupError(f"no method {slug!r}{did_you_mean(slug, [m.slug for m in known])}")
+
+
+def example(slug: str) -> tuple[Any, Any]:
+    """`(cell, xs)`: what the module of a method offers as an example, a small cell and a stream for it.
+
+    Raises:
+        LookupError: no such method, it has no file yet, or its module defines no `example()`.
+    """
+    method = find(slug)
+    if method.status == "planned":
+        raise LookupError(f"{slug} has no file yet: anabranch/{method.family}/{slug}.py")
+    module = importlib.import_module(f"anabranch.{method.family}.{slug}")
+    if not hasattr(module, "example"):
+        raise LookupError(f"{module.__name__} defines no `example() -> (cell, xs)`")
+    return module.example()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 State = PyTree
 T = TypeVar("T")
@@ -50,6 +50,14 @@ class Event(NamedTuple):
     x: PyTree
     target: Maybe[PyTree]
     weight: Float[Array, ""] | float = 1.0
+
+
+class Timed(NamedTuple):
+    """An input and when it came, for cells whose memory fades with time and not with the number of events."""
+
+    time: Int[Array, ""] | int
+    """Whole seconds since the start of the stream."""
+    x: PyTree
 
 
 class Decision(NamedTuple):

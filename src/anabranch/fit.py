@@ -15,12 +15,8 @@ Parts that train in turn, such as the two sides of a GAN, have a loss, an optimi
         model, batch, steps=10_000, key=key, ema=0.999)
 """
 
-import hashlib
-import importlib.metadata
-import importlib.util
-import platform
+import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -32,7 +28,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import Progress
 
-from anabranch.catalog import did_you_mean, repository
 from anabranch.cell import noise
 
 M = TypeVar("M")
@@ -120,6 +115,7 @@ def fit(
             raise ValueError(f"part {name!r} trains nothing: `where` picks no floating-point array")
     carry = _Carry(params, opt, params, {name: jnp.zeros(check) for name in parts})
 
+    order = tuple(parts.items())  # a dict would come out of jit sorted by name
     history: dict[str, list] = {name: [] for name in parts} | ({"validation": [], "step": []} if validate else {})
     best, best_value, misses = params, jnp.inf, 0
     console = Console(stderr=True)
@@ -128,7 +124,7 @@ def fit(
         for start in range(-check, steps, check):  # the first round only validates
             stop = min(start + check, steps)
             if start >= 0:
-                carry = _chunk(parts, static, data, batch_size, ema, key, jnp.int32(start), jnp.int32(stop), carry)
+                carry = _chunk(order, static, data, batch_size, ema, key, jnp.int32(start), jnp.int32(stop), carry)
                 for name, losses in carry.losses.items():
                     history[name].append(values := np.asarray(losses)[: stop - start])
                     due = np.arange(start, stop) % parts[name].every == 0
@@ -138,7 +134,9 @@ def fit(
                 value = float(eqx.filter_jit(validate)(eqx.combine(carry.ema, static)))
                 history["validation"].append(value)
                 history["step"].append(stop)
-                best, best_value, misses = (carry.ema, value, 0) if value < best_value else (best, best_value, misses + 1)
+                misses += 1
+                if value < best_value:
+                    best, best_value, misses = carry.ema, value, 0
                 if patience is not None and misses >= patience:
                     break
             progress.update(task, completed=stop)
@@ -156,8 +154,8 @@ def _parts(loss: Any, optimizer: Any, where: Any) -> dict[str, Part]:
     if optimizer is not None or where is not None:
         raise ValueError("parts bring their own optimizer and `where`")
     for name, part in loss.items():
-        if name in ("validation", "step") or part.every < 1:
-            raise ValueError(f"part {name!r}: a name of the history, or every={part.every} below 1")
+        if name in ("validation", "step", "batch") or part.every < 1:
+            raise ValueError(f"part {name!r}: a reserved name, or every={part.every} below 1")
     if not loss:
         raise ValueError("there are no parts to train")
     return dict(loss)
@@ -177,7 +175,7 @@ def _chunk(parts, static, data, batch_size, ema, key, start, stop, carry):
     def step(i, carry: _Carry) -> _Carry:
         batch = _batch(data, batch_size, noise(key, i, "batch"), i)
         params, opt, losses = carry.params, dict(carry.opt), dict(carry.losses)
-        for name, part in parts.items():
+        for name, part in parts:
 
             def update(params, opt, part=part, name=name):
                 trained, frozen = _split(part, params)
@@ -200,7 +198,7 @@ def _chunk(parts, static, data, batch_size, ema, key, start, stop, carry):
         if ema is None:
             return _Carry(params, opt, params, losses)
         # The weights ema**age, normalised: a running mean at first, an exponential one later.
-        rate = (1 - ema) / (1 - ema ** (i + 1.0))
+        rate = (1 - ema) / -jnp.expm1((i + 1) * math.log(ema))
         mean = jax.tree.map(lambda m, p: m + rate * (p - m) if eqx.is_inexact_array(p) else p, carry.ema, params)
         return _Carry(params, opt, mean, losses)
 

@@ -1,7 +1,9 @@
 """The catalog is complete, finds what it is asked for, and derives how far a method is."""
 
-import importlib
 import json
+import sys
+import types
+from dataclasses import replace
 
 import pytest
 
@@ -55,7 +57,18 @@ def test_status_follows_the_file_and_the_ledger(repository, tmp_path, monkeypatc
     assert catalog.find("bitpipe").status == "file"
 
 
-def test_files_of_methods_import():
-    """What the catalog calls a file is a module of the package."""
-    for method in [m for m in catalog.methods() if m.status != "planned"][:3]:
-        importlib.import_module(f"anabranch.{method.family}.{method.slug}")
+def test_example(tmp_path, monkeypatch):
+    with pytest.raises(LookupError, match="did you mean bitpipe"):
+        catalog.example("bitpip")
+    rows = {m.slug: replace(m, status="file") for m in catalog.methods()}
+    monkeypatch.setattr(catalog, "find", rows.get)
+    module = types.ModuleType("anabranch.schedule.bitpipe")
+    monkeypatch.setitem(sys.modules, "anabranch.schedule", types.ModuleType("anabranch.schedule"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(LookupError, match="bitpipe defines no `example"):
+        catalog.example("bitpipe")
+    module.example = lambda: ("cell", "xs")
+    assert catalog.example("bitpipe") == ("cell", "xs")
+    rows["bitpipe"] = replace(rows["bitpipe"], status="planned")
+    with pytest.raises(LookupError, match="no file yet"):
+        catalog.example("bitpipe")

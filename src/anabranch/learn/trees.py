@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from anabranch.branch import branch
-from anabranch.cell import Event, Learner, noise
+from anabranch.cell import Event, Learner, noise, select
 
 N, MEAN, SQUARES, LOW, HIGH = range(5)  # rows of the statistics; a nominal feature has its counts from row 1 on
 SINCE, MAJORITY, BAYES = range(3)  # columns of a leaf's tally
@@ -67,8 +67,12 @@ class Attempt(NamedTuple):
     denied: Bool[Array, ""]
     feature: Int[Array, ""]
     threshold: Float[Array, ""]
-    left: Leaf
-    right: Leaf
+    leaf: Leaf
+    """What the leaf's slot is to hold: the left child, or the leaf after a failed attempt."""
+    right: Float[Array, " C"]
+    """The weight of the right child."""
+    watched: Int[Array, " F"] | None
+    """The features that the right child watches."""
 
 
 class HoeffdingTree(Learner):
@@ -176,7 +180,7 @@ class HoeffdingTree(Learner):
         """Predict and learn with one routing. What is not to be learned is written back as it was."""
         x, weight = jnp.asarray(x, float), jnp.asarray(weight, float)
         node, slot = self._route(state, x)
-        leaf = _read(state.leaves, slot)
+        leaf = _apart(_read(state.leaves, slot), slot)
         scores, majority, bayes = self._vote(leaf, x)
 
         good = (0 <= y) & (y < self.C) & (weight >= 0) & jnp.isfinite(weight)
@@ -196,18 +200,24 @@ class HoeffdingTree(Learner):
         full = state.n_leaves >= self.max_leaves
         result = branch(due, self._attempt, self._no_attempt, leaf, full, state.n_leaves, state.key)
         # Not split: everything below writes back what is there. The pair of new nodes follows those in use; indices
-        # past the end are clamped by both the read and the write.
-        new, pair = state.n_leaves, 2 * state.n_leaves - 1
-        right = jax.tree.map(lambda new, old: jnp.where(result.split, new, old), result.right, _read(state.leaves, new))
-        slots = lax.dynamic_slice(state.child, (pair,), (2,)) if self.max_leaves > 1 else None
-        child = state.child
-        if slots is not None:
-            child = lax.dynamic_update_slice(child, jnp.where(result.split, jnp.stack([slot, new]), slots), (pair,))
+        # past the end are clamped by both the read and the write. The new slot has not been used: its statistics are 0.
+        new, pair, child = state.n_leaves, 2 * state.n_leaves - 1, state.child
+        leaves = {
+            name: _write(old, new, jnp.where(result.split, right, _read(old, new)))
+            for name, old, right in (
+                ("weight", state.leaves.weight, result.right),
+                ("watched", state.leaves.watched, result.watched),
+            )
+            if old is not None
+        }
+        if self.max_leaves > 1:
+            slots = jnp.where(result.split, jnp.stack([slot, new]), lax.dynamic_slice(child, (pair,), (2,)))
+            child = lax.dynamic_update_slice(child, slots, (pair,))
         state = state._replace(
             feature=_write(state.feature, node, jnp.where(result.split, result.feature, -1)),
             threshold=_write(state.threshold, node, jnp.where(result.split, result.threshold, 0.0)),
             child=_write(child, node, jnp.where(result.split, pair, slot)),
-            leaves=_write(_write(state.leaves, new, right), slot, result.left),
+            leaves=_write(state.leaves._replace(**leaves), slot, result.leaf),
             n_leaves=state.n_leaves + result.split,
             denied=state.denied + result.denied,
             rejected=state.rejected + (valid & ~good),
@@ -225,8 +235,12 @@ class HoeffdingTree(Learner):
             if self.nominal:
                 right = jnp.where(jnp.asarray(nominal)[feature], value != threshold, right)
             if self.missing:
-                heavier = self._below(state, left + 1) > self._below(state, left)
-                right = jnp.where(self._known(value, feature), right, heavier)
+                right = branch(
+                    ~self._known(value, feature),
+                    lambda state, left, right: self._below(state, left + 1) > self._below(state, left),
+                    lambda state, left, right: right,
+                    *(state, left, right),
+                )
             return left + right
 
         node = lax.while_loop(lambda node: state.feature[node] >= 0, descend, jnp.int32(0))
@@ -307,7 +321,7 @@ class HoeffdingTree(Learner):
 
     def _no_attempt(self, leaf: Leaf, full, n_leaves, key) -> Attempt:
         no = jnp.zeros((), bool)
-        return Attempt(no, no, jnp.int32(-1), jnp.zeros(()), leaf, leaf)
+        return Attempt(no, no, jnp.int32(-1), jnp.zeros(()), leaf, leaf.weight, leaf.watched)
 
     def _attempt(self, leaf: Leaf, full, n_leaves, key) -> Attempt:
         """Split the leaf if its best test leads by more than the Hoeffding bound."""
@@ -326,19 +340,91 @@ class HoeffdingTree(Learner):
         split = wanted & ~full
         forget = (present > 1) & (pure | (decided & (merit[best] == -jnp.inf)))
 
-        watched, half = (None, None), jnp.where(total > HALVE, 0.5, 1.0)
-        index = best
-        if leaf.watched is not None:
-            index = leaf.watched[best]
-            watched = (self._draw(key, 2 * n_leaves), self._draw(key, 2 * n_leaves + 1))
-        halved = leaf.stats * jnp.where(jnp.arange(5) == MEAN, 1.0, half)[:, None]
-        kept = leaf._replace(
-            weight=leaf.weight * half,
-            stats=jnp.where(forget, 0.0, leaf.stats),
-            tally=leaf.tally.at[SINCE].set(0.0),
+        half = jnp.where(total > HALVE, 0.5, 1.0)
+        rows = jnp.arange(leaf.stats.shape[1])[:, None]
+        additive = (rows == N) | (rows == SQUARES)
+        if self.nominal:
+            additive |= self._watch(leaf, jnp.zeros(self.D))[1]
+        kept = Leaf(
+            leaf.weight * half,
+            jnp.where(forget, 0.0, jnp.where(additive, half * leaf.stats, leaf.stats)),
+            leaf.tally.at[SINCE].set(0.0),
+            leaf.watched,
         )
-        empty = jnp.zeros_like(leaf.stats)
-        children = [
-            Leaf(side, empty, jnp.zeros(3), w) for side, w in zip((left[:, best], right[:, best]), watched)
-        ]
-        return Attempt(split, wanted & full, index, threshold[best], *children)
+        index, watched = best.astype(jnp.int32), (None, None)
+        if leaf.watched is not None:
+            index, watched = leaf.watched[best], (self._draw(key, 2 * n_leaves), self._draw(key, 2 * n_leaves + 1))
+        child = Leaf(left[:, best], jnp.zeros_like(leaf.stats), jnp.zeros_like(leaf.tally), watched[0])
+        return Attempt(
+            split, wanted & full, index, threshold[best], select(split, child, kept), right[:, best], watched[1]
+        )
+
+    def _candidates(self, leaf: Leaf):
+        """The best test of each feature: merit f[F], threshold f[F], weight by class f[C, F] left and right of it."""
+        J = max(self.n_splits, self.n_values) if self.nominal else self.n_splits
+        n, mean, low, high = (leaf.stats[:, i] for i in (N, MEAN, LOW, HIGH))
+        seen = n > 0
+        least, greatest = jnp.where(seen, low, jnp.inf).min(0), jnp.where(seen, high, -jnp.inf).max(0)
+        width = jnp.where(seen.any(0), greatest - least, 0.0) / (self.n_splits + 1)
+        least = jnp.where(seen.any(0), least, 0.0)
+        threshold = least + width * jnp.arange(1, J + 1)[:, None]  # [J, F]
+        legal = (least < threshold) & (threshold < greatest) & (jnp.arange(J) < self.n_splits)[:, None]
+        at = threshold[:, None]
+        sigma = jnp.sqrt(leaf.stats[:, SQUARES] / jnp.where(n > 1, n - 1, 1.0)) * (n > 1)
+        below = 0.5 * (1 + lax.erf((at - mean) / jnp.where(sigma > 0, sigma, 1.0) / math.sqrt(2))) * (sigma > 0)
+        left = n * jnp.where(at < low, 0.0, jnp.where(at >= high, 1.0, below))  # [J, C, F]
+        if self.nominal:
+            nominal = self._watch(leaf, jnp.zeros(self.D))[1]
+            values = jnp.arange(J)[:, None]
+            counts = jnp.moveaxis(leaf.stats[:, 1:], 1, 0)[:J]
+            counts = jnp.pad(counts, ((0, J - counts.shape[0]), (0, 0), (0, 0)))
+            threshold = jnp.where(nominal, values, threshold)
+            legal = jnp.where(nominal, values < self.n_values, legal)
+            left = jnp.where(nominal, counts, left)
+        right = n - left
+
+        sides = jnp.stack([left, right])  # [2, J, C, F]
+        mass = sides.sum(2)
+        both = jnp.maximum(mass.sum(0), 1e-30)
+        merit = _entropy(leaf.weight) - (mass * _entropy(sides, 2)).sum(0) / both
+        merit = jnp.where(legal & (mass > self.min_branch * both).all(0), merit, -jnp.inf)
+        best = jnp.argmax(merit, axis=0)
+        pick = lambda a: jnp.take_along_axis(a, jnp.expand_dims(best, tuple(range(a.ndim - 1))), 0)[0]  # noqa: E731
+        return pick(merit), pick(threshold), pick(left), pick(right)
+
+    def _draw(self, key, index) -> Int[Array, " F"]:
+        """The features that a leaf watches."""
+        return jax.random.permutation(noise(key, index, "subspace"), self.D)[: self.subspace].astype(jnp.int32)
+
+
+def _read(stacked: Any, i: Any) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
+
+
+def _write(stacked: Any, i: Any, row: Any) -> Any:
+    return jax.tree.map(lambda a, r: lax.dynamic_update_index_in_dim(a, jnp.asarray(r, a.dtype), i, 0), stacked, row)
+
+
+def _apart(leaf: Leaf, slot: Int[Array, ""]) -> Leaf:
+    """The leaf in buffers of its own, by a loop of one turn that XLA cannot see through.
+
+    Otherwise XLA reads it again after its slot has been overwritten, and for that copies the state at every event.
+    """
+    never = slot < 0
+    return lax.while_loop(lambda c: c[0], lambda c: (never, select(never, _zeros(leaf), c[1])), (~never, leaf))[1]
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _mask(n: int, members: tuple[int, ...]) -> np.ndarray:
+    return np.isin(np.arange(n), members)
+
+
+def _entropy(weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Entropy in bits of the distribution over the classes on `axis`; 0 for no weight."""
+    total = weights.sum(axis)
+    parts = jnp.where(weights > 0, weights * jnp.log2(jnp.where(weights > 0, weights, 1.0)), 0.0).sum(axis)
+    safe = jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, jnp.log2(safe) - parts / safe, 0.0)

@@ -467,20 +467,23 @@ def _grow(array: np.ndarray, size: int, fill: Any) -> np.ndarray:
 def _loop_over(call, rows):
     cell, slots, order, n, xs = call
     packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
-    at = lambda i: jax.tree.map(lambda leaf: leaf[i], xs)
+    at = lambda i: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), xs)
     shape = jax.eval_shape(lambda row, x: cell.step(packing.unpack(row), x)[1], rows[0], at(0))
     ys = jax.tree.map(lambda s: jnp.zeros((len(order), *s.shape), s.dtype), shape)
 
-    def body(i, carry):
-        rows, ys = carry
-        row = jax.lax.dynamic_slice(rows, (slots[i], 0), (1, packing.words))
-        # Without the barrier the read is moved behind the write, and the whole array is copied for its sake.
-        rows, row = jax.lax.optimization_barrier((rows, row))
-        state, y = cell.step(packing.unpack(row[0]), at(order[i]))
-        rows = jax.lax.dynamic_update_slice(rows, packing.pack(state)[None], (slots[i], 0))
-        return rows, jax.tree.map(lambda all, new: all.at[i].set(new), ys, y)
+    read = lambda rows, i: jax.lax.dynamic_slice(rows, (slots[i], 0), (1, packing.words))[0]
 
-    return jax.lax.fori_loop(0, n, body, (rows, ys))
+    # The row of the next event is read at the end of a turn, from the rows as they are then, and carried over: read where
+    # it is used, XLA would fuse the read into its uses, see rows both read and written, and copy all of them each turn.
+    def body(i, carry):
+        rows, row, ys = carry
+        state, y = cell.step(packing.unpack(row), at(order[i]))
+        rows = jax.lax.dynamic_update_slice(rows, packing.pack(state)[None], (slots[i], 0))
+        ys = jax.tree.map(lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, i, 0), ys, y)
+        return rows, read(rows, i + 1), ys
+
+    rows, _, ys = jax.lax.fori_loop(0, n, body, (rows, read(rows, 0), ys))
+    return rows, ys
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -1,0 +1,1 @@
+"""Policies that act on streams and are told, perhaps much later, how it went."""

@@ -1,0 +1,1 @@
+"""Streaming building blocks that several families share."""

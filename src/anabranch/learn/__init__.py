@@ -1,0 +1,31 @@
+"""Models that keep learning on the stream, and what it takes to follow them: detectors, metrics, `streams`."""
+
+from anabranch.learn import streams
+from anabranch.learn.base import Alarm, Detector, label
+from anabranch.learn.detect import ADWIN, DDM, PageHinkley
+from anabranch.learn.linear import (
+    LinearRegression,
+    LogisticRegression,
+    Scaled,
+    Scaler,
+    SoftmaxRegression,
+    adagrad,
+    ftrl,
+)
+from anabranch.learn.metrics import (
+    ROCAUC,
+    Accuracy,
+    Calibration,
+    Kappa,
+    KappaM,
+    KappaT,
+    LogLoss,
+    Metric,
+    WindowedAccuracy,
+)
+
+__all__ = [
+    "ADWIN", "DDM", "ROCAUC", "Accuracy", "Alarm", "Calibration", "Detector", "Kappa", "KappaM", "KappaT",
+    "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler",
+    "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
+]  # fmt: skip

@@ -1,0 +1,219 @@
+"""What a pipeline file may say. A key that is not here, a wrong type or a missing file is an error that names the place."""
+
+import importlib
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A pipeline file that cannot be used. The message names the file and the place in it."""
+
+
+class Section(BaseModel):
+    """A table of a pipeline file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(Section):
+    """Where rows come from, and what a row must have."""
+
+    kind: Literal["csv", "jsonl", "parquet", "stdin", "python"]
+    path: Path | None = None
+    """The file, for csv, jsonl and parquet; relative to the pipeline file."""
+    call: str | None = None
+    """`module:function`, for python; it returns a pyarrow Table, or an iterable of Tables or dicts."""
+    format: Literal["csv", "jsonl"] = "jsonl"
+    """How stdin is written."""
+    time: str
+    """Column of the event time: seconds, or a timestamp."""
+    lateness: float = Field(0.0, ge=0)
+    """Rows may come out of order by this many seconds; later ones are dead letters."""
+    optional: list[str] = []
+    """Columns that may be empty; in a stage's inputs an empty one is NaN. An empty value elsewhere is a bad row."""
+
+    @model_validator(mode="after")
+    def _has_its_place(self):
+        if self.kind in ("csv", "jsonl", "parquet") and self.path is None:
+            raise ValueError(f"a source of kind {self.kind!r} needs a path")
+        if self.kind == "python" and self.call is None:
+            raise ValueError("a source of kind 'python' needs a call, such as 'flights:events'")
+        return self
+
+
+class LabelConfig(Section):
+    """The label that is predicted, and when it becomes known."""
+
+    column: str
+    """Empty in a row whose label never becomes known."""
+    kind: Literal["binary", "classes", "value"] = "binary"
+    """0 or 1; a class number; or a real value."""
+    time: str | None = None
+    """Column of the time at which the label becomes known; by default at once, after the prediction."""
+    id: str | None = None
+    """Labels come as rows of their own: a row whose label is not empty is no event, but tells the label of the event
+    with the same id."""
+    pending: int = Field(100_000, ge=1)
+    """Predictions that may wait for their label. When full, the oldest is given up and counted."""
+    expire: float | None = Field(None, gt=0)
+    """Give up waiting after this many seconds."""
+
+    @model_validator(mode="after")
+    def _one_way(self):
+        if self.time is not None and self.id is not None:
+            raise ValueError("a label has either a time (it is in the row of its event) or an id (it is a row of its own)")
+        return self
+
+
+class StageConfig(Section):
+    """One keyed cell. Stages run in order; each may use the outputs of those before it."""
+
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    cell: str
+    """`module:name` of a cell, or of a function that makes one; modules beside the pipeline file are found."""
+    options: dict[str, Any] = {}
+    key: str | list[str] = []
+    """Columns whose values are the key; none: one state for all."""
+    inputs: list[str] = []
+    """Columns, or names of earlier stages: all their outputs."""
+    targets: list[str] = []
+    """Columns that become known with the label; by default the label."""
+    time: bool = False
+    """The cell is given `Timed(time, x)`: whole seconds since the start of the stream, and the inputs."""
+    capacity: int = Field(100_000, ge=1)
+
+    @field_validator("key")
+    @classmethod
+    def _a_list(cls, key):
+        return [key] if isinstance(key, str) else key
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.key)
+
+
+class SinkConfig(Section):
+    """Where predictions and outcomes are written."""
+
+    format: Literal["parquet", "csv", "jsonl", "sqlite"] = "parquet"
+    columns: list[str] = []
+    """Columns of the source that are written beside the prediction."""
+
+
+class CheckpointConfig(Section):
+    """How often the states, the pending labels and all positions are saved."""
+
+    events: int | None = Field(None, ge=1)
+    seconds: float | None = Field(10.0, gt=0)
+    keep: int = Field(3, ge=1)
+
+
+class ReportConfig(Section):
+    """What is scored, shown and compared."""
+
+    by: str | None = None
+    """Column; each of its values is scored apart."""
+    worst: str | None = None
+    """Column; the report shows the values of it that are predicted worst."""
+    after: str | None = None
+    """Score only events from this time on (a date, or seconds)."""
+    peers: list[str] = []
+    """`module:function`s that answer the same questions another way; see `Pipeline.compare`."""
+
+
+class PipelineConfig(Section):
+    """A whole pipeline file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    out: Path | None = None
+    """Folder of all outputs; by default `out/NAME`."""
+    batch: int = Field(16_384, ge=1, le=1_000_000)
+    seed: int = 0
+    source: SourceConfig
+    label: LabelConfig | None = None
+    stage: list[StageConfig] = Field(min_length=1)
+    sink: SinkConfig = SinkConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _stages_are_in_order(self):
+        seen: set[str] = set()
+        for i, stage in enumerate(self.stage):
+            if stage.name in seen:
+                raise ValueError(f"stage[{i}].name: there are two stages named {stage.name!r}")
+            later = {s.name for s in self.stage[i:]}
+            for name in stage.inputs:
+                if name in later:
+                    raise ValueError(f"stage[{i}].inputs: {name!r} is not an earlier stage")
+            if stage.targets and self.label is None:
+                raise ValueError(f"stage[{i}].targets: there is no [label] with which they could become known")
+            seen.add(stage.name)
+        return self
+
+
+def read(path: str | os.PathLike) -> PipelineConfig:
+    """Read and check a pipeline file; paths in it are relative to it, `out` to the working directory.
+
+    Raises:
+        ConfigError: if the file is missing, is not TOML, or says something it may not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such pipeline file")
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    try:
+        config = PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {place(e['loc'])}: {e['msg'].removeprefix('Value error, ')}{_found(e)}" for e in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from None
+    if config.source.path is not None:
+        file = path.parent / config.source.path
+        if not file.is_file():
+            raise ConfigError(f"{path}: source.path: there is no file {file}")
+        config = config.model_copy(update={"source": config.source.model_copy(update={"path": file})})
+    return config
+
+
+def place(where: tuple) -> str:
+    """`('stage', 0, 'key')` as `stage[0].key`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return text.removeprefix(".") or "file"
+
+
+def _found(error) -> str:
+    value = error.get("input")
+    return "" if error["type"] in ("missing", "value_error") else f", got {value!r}"
+
+
+def resolve(name: str, folder: Path | None, where: str) -> Callable:
+    """The object that `module:name` stands for; modules in `folder` are found first.
+
+    Raises:
+        ConfigError: if there is no such module or name. The message says `where` it was asked for.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"{where}: expected module:name, got {name!r}")
+    if folder is not None and str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module.startswith(error.name):
+            raise
+        raise ConfigError(f"{where}: there is no module {module!r}") from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{where}: {module} has no {part!r}")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,569 @@
+"""A pipeline: rows of a source, in event-time order, through keyed cells, to sinks; labels come back later.
+
+What happens to a micro-batch: its rows are *asked* (each stage predicts), and the labels that have become known by then
+are *told* (each stage learns), all in one order of time. Stage after stage runs over the whole micro-batch: since a
+stage feeds only those after it, that equals event by event.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from anabranch.cell import Cell, Event, Maybe, Timed
+from anabranch.run import sink as sinks
+from anabranch.run.checkpoint import Checkpoints, pack_keys, pack_table, unpack_keys, unpack_table
+from anabranch.run.config import ConfigError, PipelineConfig, resolve
+from anabranch.run.keyed import Keyed, Rows
+from anabranch.run.pending import Pending
+from anabranch.run.rows import DUE, ID, LABEL, ROW, TIME, Ordered, Typed, blocks_from, key_column, seconds
+from anabranch.run.scores import Scores, Series
+from anabranch.run.source import Bad, Block, open_source, tables
+
+log = logging.getLogger("anabranch.pipeline")
+
+
+class Summary(NamedTuple):
+    """The final figures of a run."""
+
+    events: int
+    """Rows that were predicted."""
+    seconds: float
+    events_per_s: float
+    keys: dict[str, int]
+    """Of each stage."""
+    dead_letters: int
+    labels: dict[str, int]
+    """Labels learned; predictions given up (`expired`, `dropped`) or still `open`; labels of unknown id (`unknown`)."""
+    metrics: dict[str, dict[str, Any]]
+    checkpoint: str | None
+
+
+class Stage:
+    """One keyed cell of a pipeline, and how its input is put together."""
+
+    def __init__(self, config, cell: Cell, seed: int):
+        self.config, self.name = config, config.name
+        self.keyed = Keyed(cell, config.capacity if config.key else 1, seed=seed)
+        self.key = key_column(config.columns) if config.key else None
+
+
+class Pipeline:
+    """A pipeline that can be run, resumed and scored.
+
+    Arguments:
+        config: what `anabranch.run.config.read` gives.
+        folder: where modules that the pipeline names are looked for first.
+        source: rows, instead of those of the configured source: a Table, or an iterable of Tables or dicts.
+
+    Raises:
+        ConfigError: if a cell cannot be made as configured.
+    """
+
+    def __init__(self, config: PipelineConfig, folder: Path | None = None, source: Any = None):
+        self.config, self.folder, self._source = config, folder, source
+        self.out = config.out or Path("out") / config.name
+        self.typed = Typed(config)
+        self.after = None if config.report.after is None else seconds(config.report.after, "report.after")
+        self.stages: list[Stage] = []
+        widths: dict[str, int] = {}
+        for i, stage in enumerate(config.stage):
+            features = sum(widths.get(name, 1) for name in stage.inputs)
+            cell = self._cell(i, stage, features)
+            widths[stage.name] = self._width(i, cell, stage, features)
+            self.stages.append(Stage(stage, cell, config.seed))
+        self._peers = [resolve(name, folder, f"report.peers[{i}]") for i, name in enumerate(config.report.peers)]
+        self._call = resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
+        self._reset()
+
+    def _cell(self, i: int, config, features: int) -> Cell:
+        where = f"stage[{i}].cell"
+        cell = resolve(config.cell, self.folder, where)
+        if isinstance(cell, Cell):
+            return cell
+        # What the pipeline knows better than its file: how many inputs and targets the stage has.
+        known = {"features": features, "targets": len(config.targets)}
+        takes = inspect.signature(cell).parameters
+        options = {**{name: value for name, value in known.items() if name in takes}, **config.options}
+        try:
+            cell = cell(**options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: {config.cell}(**{options!r}) failed: {error}") from error
+        if not isinstance(cell, Cell):
+            raise ConfigError(f"{where}: {config.cell} gave a {type(cell).__name__}, which is no cell")
+        return cell
+
+    def _width(self, i: int, cell: Cell, config, features: int) -> int:
+        """How many numbers the stage answers with; also the first trial of the cell on inputs as it will get them."""
+        if cell.host:
+            return 1
+        label = self.config.label
+        whole = label is not None and label.kind == "classes" and not config.targets
+        target = jnp.zeros(len(config.targets) if config.targets else (), jnp.int32 if whole else jnp.float32)
+        x: Any = jnp.zeros(features)
+        event = Event(Timed(jnp.int32(0), x) if config.time else x, Maybe(target, jnp.array(False)), jnp.float32(1))
+        try:
+            answer = jax.eval_shape(lambda key, x: cell.step(cell.init(key=key), x)[1], jax.random.PRNGKey(0), event)
+        except Exception as error:
+            raise ConfigError(f"stage[{i}]: {config.cell} cannot step on {features} inputs: {error}") from error
+        return sum(leaf.size for leaf in jax.tree.leaves(answer))
+
+    def _reset(self) -> None:
+        label = self.config.label
+        self.kind = "binary" if label is None else label.kind
+        self.position = 0
+        self.start: float | None = None
+        self.clock = -np.inf
+        self.counts = dict.fromkeys(("events", "dead_letters", "learned", "expired", "dropped", "unknown"), 0)
+        self.seconds = 0.0
+        self.ordered = Ordered(self.config.source.lateness)
+        self.queue: pa.Table | None = None
+        self.pending = Pending(label.pending if label is not None else self.config.batch)
+        self.scores: dict[str, Scores] = {}
+        self.series: dict[str, Series] = {}
+        self.values: dict[str, np.ndarray] = {}
+        self.pace: list[tuple[float, float, float]] = []
+        self.batches = 0
+
+    # Running
+
+    def run(self, *, resume: bool = False, limit: int | None = None, progress: bool = False) -> Summary:
+        """Run to the end of the source, or through its first `limit` rows.
+
+        With `resume`, go on from the last checkpoint; without one, or without `resume`, start anew and replace what an
+        earlier run has left in the folder of outputs. The outputs of a run that was killed and resumed equal, row for
+        row and bit for bit, those of one that was not.
+        """
+        self._reset()
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            sinks.clear(self.out)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", self.config.checkpoint.keep)
+        format = self.config.sink.format
+        self.sinks: dict[str, sinks.Sink] = {
+            "predictions": sinks.open_sink(self.out, "predictions", format),
+            "outcomes": sinks.open_sink(self.out, "outcomes", format),
+            "dead_letters": sinks.TextSink(self.out / "dead_letters.jsonl", "jsonl"),
+        }
+        finished = self._restore() if resume else False
+        if not finished:
+            begin = time.perf_counter()
+            console = Console(stderr=True)
+            with Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(), console=console, disable=not progress, transient=False,
+            ) as bar:  # fmt: skip
+                self._stream(limit, bar, begin)
+            self.seconds += time.perf_counter() - begin
+            self._checkpoint(finished=True)
+            self.checkpoints.wait()
+        for sink in self.sinks.values():
+            sink.close()
+        self.checkpoints.close()
+        return self.summary()
+
+    def summary(self) -> Summary:
+        """The figures so far."""
+        metrics = {name: scores.value() for name, scores in sorted(self.scores.items())}
+        labels = {name: self.counts[name] for name in ("learned", "expired", "dropped", "unknown")}
+        files = sorted((self.out / "checkpoints").glob("*.safetensors"))
+        return Summary(
+            events=self.counts["events"],
+            seconds=self.seconds,
+            events_per_s=self.counts["events"] / self.seconds if self.seconds else 0.0,
+            keys={stage.name: len(stage.keyed) for stage in self.stages},
+            dead_letters=self.counts["dead_letters"],
+            labels={**labels, "open": len(self.pending) if self.config.label is not None else 0},
+            metrics=metrics,
+            checkpoint=str(files[-1]) if files else None,
+        )
+
+    def _blocks(self) -> Iterable[Block]:
+        source = tables(self._source) if self._source is not None else open_source(self.config.source, self._call)
+        return blocks_from(iter(source), self.position)
+
+    def _stream(self, limit: int | None, bar: Progress, begin: float) -> None:
+        total = limit
+        if isinstance(self._source, pa.Table):
+            total = min(self._source.num_rows, limit or self._source.num_rows)
+        task = bar.add_task(self.config.name, total=total, note="", completed=self.counts["events"])
+        size = self.config.batch
+        last, saved = begin, self.counts["events"]
+
+        def go(rows: pa.Table) -> None:
+            nonlocal last, saved
+            self._batch(rows)
+            now = time.perf_counter()
+            self._note_pace(self.seconds + now - begin)
+            rate = self.counts["events"] / (self.seconds + now - begin)
+            bar.update(task, completed=self.counts["events"], note=f"{rate:,.0f} events/s")
+            every = self.config.checkpoint
+            due = every.events is not None and self.counts["events"] - saved >= every.events
+            due = due or (every.seconds is not None and now - last >= every.seconds and not self.checkpoints.busy)
+            if due:
+                self.seconds += now - begin  # a checkpoint says how long the run has taken so far
+                self._checkpoint()
+                self.seconds -= now - begin
+                last, saved = now, self.counts["events"]
+
+        for block in self._blocks():
+            if limit is not None and self.position >= limit:
+                break
+            if limit is not None:
+                keep = block.rows < limit
+                block = Block(block.table.filter(pa.array(keep)), block.rows[keep], [b for b in block.bad if b.row < limit])
+            rows, bad = self.typed(block)
+            rows, late = self.ordered(rows)
+            self._bury(bad + late)
+            ends = [block.rows[-1] if len(block.rows) else -1, *(b.row for b in block.bad)]
+            self.position = max(self.position, int(max(ends)) + 1)
+            self._enqueue(rows)
+            while self.queue is not None and self.queue.num_rows >= size:
+                rows, self.queue = self.queue.slice(0, size), self.queue.slice(size)
+                go(rows)
+        rest = self.ordered.rest()
+        if rest is not None:
+            self._enqueue(rest)
+        while self.queue is not None and self.queue.num_rows:
+            rows, self.queue = self.queue.slice(0, size), self.queue.slice(size)
+            go(rows)
+        if self.config.label is not None:  # the labels of what was asked last
+            self._process(None, np.inf)
+        bar.update(task, completed=self.counts["events"], total=self.counts["events"])
+
+    def _enqueue(self, rows: pa.Table) -> None:
+        if self.queue is None or not self.queue.num_rows:
+            self.queue = rows.combine_chunks()
+        elif rows.num_rows:
+            self.queue = pa.concat_tables([self.queue, rows], promote_options="permissive").combine_chunks()
+
+    def _bury(self, bad: list[Bad]) -> None:
+        if bad:
+            self.sinks["dead_letters"].write_rows([b._asdict() for b in bad])  # pyright: ignore[reportAttributeAccessIssue]
+            self.counts["dead_letters"] += len(bad)
+
+    def _note_pace(self, now: float) -> None:
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * 4096
+        self.pace.append((now, self.counts["events"], resident))
+        if len(self.pace) > 1000:
+            self.pace = self.pace[::2]
+
+    # One micro-batch
+
+    def _batch(self, rows: pa.Table) -> None:
+        if self.start is None:
+            self.start = float(np.floor(rows[TIME][0].as_py()))
+        self._process(rows, rows[TIME][-1].as_py())
+        self.batches += 1
+
+    def _process(self, rows: pa.Table | None, now: float) -> None:
+        """Ask `rows`, and tell all labels that are known at `now`, in the order of time."""
+        label, pending = self.config.label, self.pending
+        told_rows = None
+        if rows is not None and label is not None and label.id is not None:  # labels that are rows of their own
+            is_label = ~np.isnan(rows[LABEL].to_numpy())
+            told_rows, rows = rows.filter(pa.array(is_label)), rows.filter(pa.array(~is_label))
+        count = 0 if rows is None else rows.num_rows
+        slots = pending.open(count)
+        if rows is not None:
+            self._open(slots, rows)
+        ask_time = np.zeros(0) if rows is None else rows[TIME].to_numpy()
+        ask_seq = np.arange(count, dtype=np.float64) if rows is None else rows[ROW].to_numpy().astype(np.float64)
+        tell, tell_time, tell_first, tell_seq = self._tells(told_rows, now)
+        when = np.concatenate([tell_time, ask_time])
+        phase = np.concatenate([np.where(tell_first, 0, 1), np.ones(count, int)])
+        order = np.lexsort((np.concatenate([tell_seq, ask_seq]), phase, when))
+        slot = np.concatenate([tell, slots])[order]
+        is_tell = np.concatenate([np.ones(len(tell), bool), np.zeros(count, bool)])[order]
+        if len(slot):
+            answers = self._stages(rows, slots, slot, is_tell, when[order], order[~is_tell] - len(tell))
+            self._emit(rows, slots, slot[is_tell], when[order][is_tell], answers)
+        self.counts["events"] += count
+        self.counts["learned"] += len(tell)
+        pending.close(tell if label is not None else slots)
+        if label is not None and label.expire is not None and np.isfinite(now):
+            old = np.flatnonzero(pending.live & (pending["time"] + label.expire <= now))
+            self.counts["expired"] += len(old)
+            pending.close(old)
+        if label is not None and len(pending) > label.pending:
+            extra = pending.oldest(len(pending) - label.pending)
+            self.counts["dropped"] += len(extra)
+            pending.close(extra)
+
+    def _open(self, slots: np.ndarray, rows: pa.Table) -> None:
+        """Write down what is asked: all that telling the label will need."""
+        put = self.pending.put
+        put("row", slots, rows[ROW].to_numpy())
+        put("time", slots, rows[TIME].to_numpy())
+        for stage in self.stages:
+            if stage.key is not None and "key:" + stage.key not in self.pending.columns:
+                put("key:" + stage.key, slots, np.empty(len(slots), object))
+        for name in {stage.key for stage in self.stages if stage.key is not None}:
+            put("key:" + name, slots, rows[name].to_numpy())
+        label = self.config.label
+        if label is None:
+            return
+        put("label", slots, rows[LABEL].to_numpy())
+        due = np.full(len(slots), np.inf) if label.id is not None else rows[DUE].to_numpy().astype(np.float64)
+        due = np.where(np.isnan(due) | np.isnan(rows[LABEL].to_numpy()), np.inf, due)
+        if label.id is not None:
+            ids = rows[ID].to_pylist()
+            column = np.empty(len(slots), object)
+            column[:] = ids
+            put("id", slots, column)
+            self.pending.by_id.update(zip(ids, slots.tolist()))
+        elif label.expire is not None:
+            due = np.where(due - rows[TIME].to_numpy() > label.expire, np.inf, due)
+        put("due", slots, due)
+        for name in self.typed.targets:
+            put("target:" + name, slots, rows[name].to_numpy().astype(np.float64))
+        for name in self._shown_later():
+            column = np.empty(len(slots), object)
+            column[:] = rows[name].to_pylist()
+            put("shown:" + name, slots, column)
+
+    def _shown_later(self) -> list[str]:
+        report = self.config.report
+        return [name for name in dict.fromkeys((report.by, report.worst)) if name is not None]
+
+    def _tells(self, told: pa.Table | None, now: float):
+        """Open predictions whose label is known at `now`: slots, times, whether before the questions of that time, order."""
+        pending, label = self.pending, self.config.label
+        if label is None:
+            return np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool), np.zeros(0)
+        if label.id is None:
+            tell = np.flatnonzero(pending.live & (pending["due"] <= now) & np.isfinite(pending["due"]))
+            asked, due = pending["time"][tell], pending["due"][tell]
+            # Known at once, or before it was asked: told right after its own question.
+            return tell, np.maximum(due, asked), due > asked, pending["row"][tell] + 0.5
+        if told is None or not told.num_rows:
+            return np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool), np.zeros(0)
+        found: dict[int, int] = {}
+        for i, key in enumerate(told[ID].to_pylist()):
+            slot = pending.by_id.get(key)
+            if slot is None or slot in found:
+                self.counts["unknown"] += 1
+            else:
+                found[slot] = i
+        tell = np.fromiter(found, np.int64, len(found))
+        index = pa.array(list(found.values()), pa.int64())
+        mine = told.take(index)
+        pending.put("label", tell, mine[LABEL].to_numpy())
+        for name in self.typed.targets:
+            pending.put("target:" + name, tell, mine[name].to_numpy().astype(np.float64))
+        return tell, mine[TIME].to_numpy(), np.zeros(len(tell), bool), mine[ROW].to_numpy().astype(np.float64)
+
+    def _stages(self, rows, ask_slots, slot, is_tell, when, ask_order) -> Any:
+        """Run every stage over the operations; returns what the last one answered to the questions, in their order."""
+        pending, label = self.pending, self.config.label
+        outputs: dict[str, np.ndarray] = {}
+        asks = np.flatnonzero(~is_tell)
+        answer: Any = None
+        for stage in self.stages:
+            parts = []
+            for name in stage.config.inputs:
+                part = outputs[name] if name in outputs else rows[name].to_numpy()[:, None] if rows is not None else None
+                if part is not None:
+                    parts.append(part)
+            memo = "x:" + stage.name
+            if len(ask_slots):
+                x = np.concatenate(parts, axis=1, dtype=np.float32) if parts else np.zeros((len(ask_slots), 0), np.float32)
+                pending.put(memo, ask_slots, x)
+            x = pending[memo][slot]
+            if label is not None:
+                names = ["target:" + name for name in stage.config.targets]
+                columns = [pending[name][slot] for name in names] or [pending["label"][slot]]
+                target = np.stack(columns, axis=1) if names else columns[0]
+                dtype = np.int32 if self.kind == "classes" and not names else np.float32
+                hidden = is_tell if target.ndim == 1 else is_tell[:, None]
+                target = np.where(hidden, target, 0).astype(dtype)  # not even as padding may a stage see it before its time
+            else:
+                target = np.zeros(len(slot), np.float32)
+            given: Any = x
+            if stage.config.time:
+                assert self.start is not None
+                given = Timed(np.clip(when - self.start, 0, 2**31 - 1).astype(np.int32), x)
+            event = Event(given, Maybe(target, is_tell), np.ones(len(slot), np.float32))
+            keys = pa.array(pending["key:" + stage.key][slot]) if stage.key is not None else [0] * len(slot)
+            answer = stage.keyed(keys, event)
+            answer = jax.tree.map(lambda leaf: _in_order(leaf[asks], ask_order), answer)
+            outputs[stage.name] = np.concatenate(
+                [_flat(leaf) for leaf in jax.tree.leaves(answer)], axis=1
+            )
+        return answer
+
+    # What goes out
+
+    def _emit(self, rows: pa.Table | None, ask_slots, told, told_when, answers) -> None:
+        if rows is not None and rows.num_rows:
+            columns, point = _columns(answers, self.kind)
+            self.pending.put("prediction", ask_slots, point)
+            shown = {name: rows[name] for name in self.config.sink.columns}
+            self.sinks["predictions"].write(pa.table({"row": rows[ROW], "time": rows[TIME], **shown, **columns}))
+        if not len(told):
+            return
+        pending = self.pending
+        target, prediction = pending["label"][told], pending["prediction"][told]
+        shown = {name: pending["shown:" + name][told] for name in self._shown_later()}
+        table = {"row": pending["row"][told], "time": told_when, "label": target, "prediction": prediction}
+        self.sinks["outcomes"].write(pa.table({**table, **{name: pa.array(values) for name, values in shown.items()}}))
+        asked = pending["time"][told]
+        good = np.isfinite(prediction)
+        if self.after is not None:
+            good &= asked >= self.after
+        self._score(asked[good], target[good], prediction[good], {name: v[good] for name, v in shown.items()})
+
+    def _score(self, asked, target, prediction, shown) -> None:
+        by, worst = self.config.report.by, self.config.report.worst
+        groups = np.array(["all"] * len(target), object) if by is None else shown[by].astype(str)
+        for name in dict.fromkeys(groups.tolist()):
+            at = groups == name
+            self.scores.setdefault(name, Scores(self.kind)).add(target[at], prediction[at])
+            self.series.setdefault(name, Series(self.kind)).add(asked[at], target[at], prediction[at])
+        if worst is None:
+            return
+        p = np.clip(prediction, 1e-15, 1 - 1e-15)
+        loss = -(target * np.log(p) + (1 - target) * np.log1p(-p)) if self.kind == "binary" else (target - prediction) ** 2
+        names, code = np.unique(shown[worst].astype(str), return_inverse=True)
+        for i, name in enumerate(names.tolist()):
+            if name in self.values or len(self.values) < 10_000:
+                at = code == i
+                sums = [at.sum(), loss[at].sum(), target[at].sum(), prediction[at].sum()]
+                self.values[name] = self.values.get(name, np.zeros(4)) + sums
+
+    # Checkpoints
+
+    def _fingerprint(self) -> str:
+        said = self.config.model_dump(mode="json", exclude={"out", "checkpoint", "report"})
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def _checkpoint(self, finished: bool = False) -> None:
+        positions = {name: sink.position() for name, sink in self.sinks.items()}
+        arrays: dict[str, Any] = {}
+        everything = self.checkpoints.wants_everything
+        for stage in self.stages:
+            if stage.keyed.cell.host:
+                raise ConfigError(f"stage {stage.name!r} runs on the host and cannot be checkpointed")
+            saved = stage.keyed.everything() if everything else stage.keyed.changed()
+            arrays[f"stage/{stage.name}"] = {"keys": pack_keys(saved.keys), "rows": saved.rows}
+        numbers, other = self.pending.save()
+        arrays["pending"] = {"numbers": numbers, "other": pack_table(other)}
+        for name, table in (("queue", self.queue), ("held", self.ordered.held)):
+            if table is not None:
+                arrays[name] = pack_table(table)
+        arrays["scores"] = {name: scores.save() for name, scores in self.scores.items()}
+        arrays["series"] = {name: series.save() for name, series in self.series.items()}
+        names = list(self.values)
+        arrays["values"] = np.array([self.values[name] for name in names]).reshape(len(names), 4)
+        arrays["pace"] = np.array(self.pace).reshape(len(self.pace), 3)
+        meta = {
+            "pipeline": self._fingerprint(), "position": self.position, "sinks": positions, "start": self.start,
+            "newest": self.ordered.newest if np.isfinite(self.ordered.newest) else None, "counts": self.counts,
+            "seconds": self.seconds, "values": names, "finished": finished, "batches": self.batches,
+        }  # fmt: skip
+        self.checkpoints.save(arrays, meta)
+
+    def _restore(self) -> bool:
+        """Take over the last checkpoint and cut the outputs back to it; returns whether that run had finished."""
+        chain = self.checkpoints.load()
+        if chain is None:
+            for sink in self.sinks.values():
+                sink.rewind(0)
+            return False
+        arrays, meta = chain[-1]
+        if meta["pipeline"] != self._fingerprint():
+            raise ConfigError(f"{self.out}: the checkpoints there are of a pipeline with other stages or another source")
+        for link, _ in chain:
+            for stage in self.stages:
+                saved: Any = link[f"stage/{stage.name}"]
+                stage.keyed.restore(Rows(unpack_keys(saved["keys"]), saved["rows"]))
+        state: Any = arrays
+        self.pending.load(state["pending"]["numbers"], unpack_table(state["pending"]["other"]))
+        self.queue = unpack_table(state["queue"]) if "queue" in state else None
+        self.ordered.held = unpack_table(state["held"]) if "held" in state else None
+        self.ordered.newest = -np.inf if meta["newest"] is None else meta["newest"]
+        for name, saved in state["scores"].items():
+            self.scores[name] = Scores(self.kind)
+            self.scores[name].load(saved)
+        for name, saved in state["series"].items():
+            self.series[name] = Series(self.kind)
+            self.series[name].load(saved)
+        self.values = dict(zip(meta["values"], state["values"]))
+        self.pace = [tuple(row) for row in state["pace"].tolist()]
+        self.position, self.start, self.counts = meta["position"], meta["start"], dict(meta["counts"])
+        self.seconds, self.batches = meta["seconds"], meta["batches"]
+        for name, sink in self.sinks.items():
+            sink.rewind(meta["sinks"][name])
+        return bool(meta["finished"])
+
+    # Peers
+
+    def compare(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Other ways to answer the same questions, scored alike: `{peer: {group: scores}}`.
+
+        Each peer of the configuration is called with the source's table and yields `(group, times, targets,
+        predictions)`; only what was asked after `report.after` counts.
+        """
+        table = self._source if self._source is not None else self._call() if self._call is not None else None
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for peer in self._peers:
+            name = (peer.__doc__ or peer.__name__).strip().splitlines()[0].rstrip(".")
+            try:
+                answers: Iterable = peer(table)
+                for group, times, targets, predictions in answers:
+                    at = np.ones(len(times), bool) if self.after is None else np.asarray(times) >= self.after
+                    scores = Scores(self.kind)
+                    scores.add(np.asarray(targets)[at], np.asarray(predictions)[at])
+                    found.setdefault(name, {})[group] = scores.value()
+            except ImportError as error:
+                log.warning("%s is not compared: %s", name, error)
+        return found
+
+
+def _flat(values: Any) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+def _in_order(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    out = np.empty_like(values)
+    out[order] = values
+    return out
+
+
+def _columns(answer: Any, kind: str) -> tuple[dict[str, Any], np.ndarray]:
+    """The columns of the sink for some answers, and the one number of each that is scored."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(answer)
+    if len(leaves) == 1:
+        value = np.asarray(leaves[0][1])
+        if value.ndim == 1:
+            return {"prediction": pa.array(value)}, value.astype(np.float64)
+        if kind == "classes" and value.ndim == 2:
+            best = value.argmax(1)
+            scores = pa.FixedSizeListArray.from_arrays(pa.array(value.ravel()), value.shape[1])
+            return {"prediction": pa.array(best), "scores": scores}, best.astype(np.float64)
+    columns = {}
+    for path, leaf in leaves:
+        value = np.asarray(leaf)
+        name = jax.tree_util.keystr(path).strip(".[]'") or "prediction"
+        flat = pa.array(value.reshape(-1))
+        columns[name] = flat if value.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, int(value[0].size))
+    first = np.asarray(leaves[0][1])
+    return columns, (first if first.ndim == 1 else first.reshape(len(first), -1)[:, 0]).astype(np.float64)
+
+
+Peer = Callable[[Any], Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]
+"""Answers the same questions another way: `(group, times, targets, predictions)` from the source's table."""

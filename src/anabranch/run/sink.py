@@ -1,0 +1,156 @@
+"""Sinks: append-only outputs that can be cut back to a position, which is what makes a resumed run exact.
+
+`position()` makes everything written so far durable and returns where it ends; `rewind(position)` forgets what came
+after it.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+
+class Sink(Protocol):
+    """An output of tables with one schema."""
+
+    def write(self, table: pa.Table) -> None: ...
+    def position(self) -> int: ...
+    def rewind(self, position: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class ParquetSink:
+    """A folder of Parquet files, read as one data set (`pyarrow.parquet.read_table`). A position is a number of files."""
+
+    def __init__(self, path: Path):
+        self.folder = path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._part = 0
+        self._writer: pq.ParquetWriter | None = None
+
+    def _file(self, part: int) -> Path:
+        return self.folder / f"part-{part:06d}.parquet"
+
+    def write(self, table: pa.Table) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._file(self._part), table.schema, compression="zstd")
+        self._writer.write_table(table)
+
+    def position(self) -> int:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            _sync(self._file(self._part))
+            _sync(self.folder)
+            self._part += 1
+        return self._part
+
+    def rewind(self, position: int) -> None:
+        for file in self.folder.glob("part-*.parquet"):
+            if int(file.stem.removeprefix("part-")) >= position:
+                file.unlink()
+        self._part = position
+
+    def close(self) -> None:
+        self.position()
+
+
+class TextSink:
+    """One CSV or JSON Lines file. A position is a length in bytes."""
+
+    def __init__(self, path: Path, format: str):
+        self.path, self.format = path, format
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab")
+
+    def write(self, table: pa.Table) -> None:
+        if self.format == "csv":
+            options = pyarrow.csv.WriteOptions(include_header=self._file.tell() == 0)
+            pyarrow.csv.write_csv(table, self._file, options)
+        else:
+            self.write_rows(table.to_pylist())
+
+    def write_rows(self, rows: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
+
+    def position(self) -> int:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def rewind(self, position: int) -> None:
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    def close(self) -> None:
+        self.position()
+        self._file.close()
+
+
+class SqliteSink:
+    """A table of a SQLite file. A position is a row number."""
+
+    def __init__(self, path: Path, table: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db, self._table, self._made = sqlite3.connect(path), table, False
+
+    def write(self, table: pa.Table) -> None:
+        names = ", ".join(f'"{name}"' for name in table.column_names)
+        if not self._made:
+            self._db.execute(f'CREATE TABLE IF NOT EXISTS "{self._table}" ({names})')
+            self._made = True
+        marks = ", ".join("?" * table.num_columns)
+        rows = zip(*(column.to_pylist() for column in table.columns))
+        self._db.executemany(f'INSERT INTO "{self._table}" ({names}) VALUES ({marks})', rows)
+
+    def _exists(self) -> bool:
+        found = self._db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (self._table,))
+        return found.fetchone() is not None
+
+    def position(self) -> int:
+        self._db.commit()
+        if not self._exists():
+            return 0
+        return self._db.execute(f'SELECT coalesce(max(rowid), 0) FROM "{self._table}"').fetchone()[0]
+
+    def rewind(self, position: int) -> None:
+        if self._exists():
+            self._db.execute(f'DELETE FROM "{self._table}" WHERE rowid > ?', (position,))
+            self._db.commit()
+
+    def close(self) -> None:
+        self.position()
+        self._db.close()
+
+
+def open_sink(folder: Path, name: str, format: str) -> Sink:
+    """The sink of one output of a pipeline."""
+    if format == "parquet":
+        return ParquetSink(folder / name)
+    if format == "sqlite":
+        return SqliteSink(folder / f"{name}.sqlite", name)
+    return TextSink(folder / f"{name}.{format}", format)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run of a pipeline has left in its folder of outputs."""
+    for name in ("predictions", "outcomes", "dead_letters", "checkpoints"):
+        for path in [folder / name, *folder.glob(f"{name}.*")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()

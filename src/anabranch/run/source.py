@@ -1,0 +1,154 @@
+"""Sources: rows as Arrow tables, in blocks, with the rows that could not be read beside them."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+BLOCK = 65_536
+
+
+class Bad(NamedTuple):
+    """A row that cannot be used: its number in the source, why, and what it said."""
+
+    row: int
+    reason: str
+    raw: Any
+
+
+class Block(NamedTuple):
+    """Some rows of a source. Their numbers count from 0 over good and bad rows alike."""
+
+    table: pa.Table
+    rows: np.ndarray
+    bad: list[Bad]
+
+
+def tables(source: Iterable | pa.Table) -> Iterator[Block]:
+    """Rows from a Table, or from an iterable of Tables, record batches or dicts."""
+    if isinstance(source, (pa.Table, pa.RecordBatch)):
+        source = [source]
+    first, held = 0, []
+
+    def whole(rows):
+        table = pa.Table.from_pylist(rows, schema=None)
+        return Block(table, np.arange(first, first + len(rows)), [])
+
+    for item in source:
+        if isinstance(item, pa.RecordBatch):
+            item = pa.Table.from_batches([item])
+        if isinstance(item, pa.Table):
+            for start in range(0, item.num_rows, BLOCK):
+                cut = item.slice(start, BLOCK)
+                yield Block(cut, np.arange(first, first + cut.num_rows), [])
+                first += cut.num_rows
+        elif isinstance(item, dict):
+            held.append(item)
+            if len(held) == BLOCK:
+                yield _records(held, first)
+                first, held = first + len(held), []
+        else:
+            raise TypeError(f"a source gives Tables, record batches or dicts, got {type(item).__name__}")
+    if held:
+        yield _records(held, first)
+
+
+def parquet(path) -> Iterator[Block]:
+    """Rows of a Parquet file."""
+    with pq.ParquetFile(path) as file:
+        yield from tables(file.iter_batches(BLOCK))
+
+
+def csv(path) -> Iterator[Block]:
+    """Rows of a CSV file with a header; all values are text until a stage asks for numbers."""
+    bad: list[Bad] = []
+
+    def skip(row):
+        # Arrow counts lines from 1 and the header is one.
+        bad.append(Bad(row.number - 2, f"expected {row.expected_columns} columns, got {row.actual_columns}", row.text))
+        return "skip"
+
+    with open(path, "rb") as file:
+        header = next(iter(pyarrow.csv.open_csv(file, read_options=pyarrow.csv.ReadOptions(block_size=1 << 20))), None)
+    names = header.schema.names if header is not None else []
+    reader = pyarrow.csv.open_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=4 << 20),
+        parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=skip),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=["", "NA", "NaN"]
+        ),
+    )
+    first = 0
+    for batch in reader:
+        here, bad = bad, []
+        total = batch.num_rows + len(here)
+        rows = np.setdiff1d(np.arange(first, first + total), [b.row for b in here], assume_unique=True)
+        yield Block(pa.Table.from_batches([batch]), rows, here)
+        first += total
+
+
+def jsonl(lines: Iterable[str | bytes]) -> Iterator[Block]:
+    """Rows from JSON Lines."""
+    held, bad, numbers, first = [], [], [], 0
+    for number, line in enumerate(lines):
+        text = line.decode(errors="replace") if isinstance(line, bytes) else line
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {type(row).__name__}")
+            held.append(row)
+            numbers.append(number)
+        except ValueError as error:
+            bad.append(Bad(number, f"not a JSON object: {error}", text.rstrip("\n")))
+        if len(held) + len(bad) >= BLOCK:
+            yield _records(held, first, numbers, bad)
+            held, bad, numbers = [], [], []
+    if held or bad:
+        yield _records(held, first, numbers, bad)
+
+
+def stdin(format: str) -> Iterator[Block]:
+    """Rows from standard input."""
+    return jsonl(sys.stdin.buffer) if format == "jsonl" else csv(sys.stdin.buffer)
+
+
+def _records(rows: list[dict], first: int, numbers: list[int] | None = None, bad: list[Bad] | None = None) -> Block:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns, good = {}, np.ones(len(rows), bool)
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # mixed types: text, and a stage that wants numbers will say which
+            columns[name] = pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values])
+    at = np.arange(first, first + len(rows)) if numbers is None else np.array(numbers, np.int64)
+    return Block(pa.table(columns), at[good], bad or [])
+
+
+def open_source(config, call: Callable | None) -> Iterator[Block]:
+    """The blocks of the source that a pipeline file names."""
+    match config.kind:
+        case "python":
+            assert call is not None
+            return tables(call())
+        case "parquet":
+            return parquet(config.path)
+        case "csv":
+            return csv(config.path)
+        case "jsonl":
+            return _lines(config.path)
+        case _:
+            return stdin(config.format)
+
+
+def _lines(path) -> Iterator[Block]:
+    with open(path, "rb") as file:
+        yield from jsonl(file)
