@@ -50,8 +50,13 @@ def test_accuracy_and_kappa_are_rivers(river, labels):
     y, p = labels
     np.testing.assert_allclose(Accuracy()(y, p), follow(river.metrics.Accuracy(), y, p), atol=1e-6)
     np.testing.assert_allclose(Kappa(C)(y, p), follow(river.metrics.CohenKappa(), y, p), atol=1e-6)
-    peer = river.utils.Rolling(river.metrics.Accuracy(), window_size=100)
-    np.testing.assert_allclose(WindowedAccuracy(100)(y, p), follow(peer, y, p), atol=1e-6)
+    metric, peer = WindowedAccuracy(100), river.utils.Rolling(river.metrics.Accuracy(), window_size=100)
+    _, curve = jax.jit(lambda xs: metric.advance(metric.init(), xs))((jnp.asarray(y), jnp.asarray(p)))
+    theirs = []
+    for a, b in zip(y.tolist(), p.tolist()):
+        peer.update(a, b)
+        theirs.append(peer.get())
+    np.testing.assert_allclose(curve, theirs, atol=1e-6)
     np.testing.assert_allclose(WindowedAccuracy(2 * T)(y, p), (y == p).mean(), atol=1e-6)
 
 
@@ -72,13 +77,15 @@ def test_kappas_where_chance_is_perfect():
 
 @pytest.fixture(scope="module")
 def scores():
-    """Probabilities of four kinds: spread out, rare (below 1/1000), over-confident and in steps of 1/20."""
+    """Probabilities of five kinds: spread out, rare (below 1/1000), over-confident, in steps of 1/20, all near ½."""
     rng = np.random.default_rng(1)
     spread = rng.beta(2, 2, 20000)
     rare = np.exp(rng.normal(-8, 1.0, 20000))
     y = {"spread": rng.random(20000) < spread, "rare": rng.random(20000) < 100 * rare.clip(0, 0.01)}
     sure = rng.random(20000) < spread
+    z = rng.normal(0, 0.1, 20000)
     return {
+        "close": (z + rng.normal(0, 0.02, 20000) > 0, 1 / (1 + np.exp(-z))),
         "spread": (y["spread"], spread),
         "rare": (y["rare"], rare),
         "sure": (sure, 1 / (1 + ((1 - spread) / spread) ** 4)),
@@ -86,7 +93,7 @@ def scores():
     }
 
 
-@pytest.mark.parametrize("kind", ["spread", "rare", "sure", "steps"])
+@pytest.mark.parametrize("kind", ["spread", "rare", "sure", "steps", "close"])
 def test_auc_is_exact_to_a_thousandth(scores, kind):
     exact = pytest.importorskip("sklearn.metrics").roc_auc_score
     y, p = scores[kind]

@@ -209,8 +209,9 @@ class PageHinkley(Detector):
 
     def init(self, *, key: PRNGKeyArray | None = None) -> PageHinkleyState:
         zero = jnp.zeros(())
-        # The highest point starts at -1, not at -inf: River does so.
-        return PageHinkleyState(jnp.zeros((), jnp.int32), zero, zero, zero, jnp.full((), jnp.inf), jnp.full((), -1.0))
+        return PageHinkleyState(
+            jnp.zeros((), jnp.int32), zero, zero, zero, jnp.full((), jnp.inf), jnp.full((), -jnp.inf)
+        )
 
     def step(self, state: PageHinkleyState, x) -> tuple[PageHinkleyState, Alarm]:
         n = state.n + 1

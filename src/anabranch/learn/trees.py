@@ -11,7 +11,9 @@ An event reads and writes one leaf's slot, so a loop over events updates the sta
 a branch and costs nothing while no leaf is due.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -22,7 +24,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from anabranch.branch import branch
-from anabranch.cell import Event, Learner, noise, select
+from anabranch.cell import Event, Learner, Maybe, noise, select
+from anabranch.learn.detect import ADWIN, ADWINState
 
 N, MEAN, SQUARES, LOW, HIGH = range(5)  # rows of the statistics; a nominal feature has its counts from row 1 on
 SINCE, MAJORITY, BAYES = range(3)  # columns of a leaf's tally
@@ -30,33 +33,39 @@ HALVE = 2.0**22  # float32 counts stop growing at 2^24
 
 
 class Leaf(NamedTuple):
-    """What is held of one leaf, or stacked of L: C classes, F watched features, R = 5 rows (or 1 + values if more)."""
+    """What is held of one leaf, or of all slots: C classes, F watched features, R = 5 rows (or 1 + n_values if more)."""
 
-    weight: Float[Array, "*L C"]
+    weight: Float[Array, "*S C"]
     """Weight by class, including what was inherited at the split."""
-    stats: Float[Array, "*L C R F"]
+    stats: Float[Array, "*S C R F"]
     """Of what was seen here: weight, mean, sum of squared deviations, least and greatest value; or counts by value."""
-    tally: Float[Array, "*L 3"]
+    tally: Float[Array, "*S 3"]
     """Weight since the last attempt, and the weight on which the majority class and naive Bayes were right."""
-    watched: Int[Array, "*L F"] | None
+    watched: Int[Array, "*S F"] | None
     """The features this leaf watches, if not all."""
 
 
 class Tree(NamedTuple):
-    """The state of a `HoeffdingTree`: M nodes and L leaf slots. Children are made in pairs and stay neighbours."""
+    """The state of a `HoeffdingTree`: M nodes and L leaf slots. Children are made in pairs and stay neighbours.
 
-    feature: Int[Array, " M"]
+    One set of arrays may hold G trees, one after the other: tree g has its root at node g M and its slots from g L on.
+    A `HoeffdingTree` by itself has G = 1.
+    """
+
+    feature: Int[Array, " G*M"]
     """The feature an inner node tests; -1 for a leaf."""
-    threshold: Float[Array, " M"]
+    threshold: Float[Array, " G*M"]
     """Left if x[feature] <= threshold, or == threshold for a nominal feature."""
-    child: Int[Array, " M"]
+    child: Int[Array, " G*M"]
     """Of an inner node its left child (the right one follows it); of a leaf its slot."""
     leaves: Leaf
-    n_leaves: Int[Array, ""]
+    n_leaves: Int[Array, " G"]
     denied: Int[Array, ""]
     """Splits that were due and found no free slot."""
     rejected: Int[Array, ""]
     """Labelled events that were ignored: label out of range, weight negative or not finite, bad feature."""
+    drawn: Int[Array, ""]
+    """Random subspaces drawn so far."""
     key: UInt32[Array, "2"] | None
 
 
@@ -112,7 +121,7 @@ class HoeffdingTree(Learner):
         >>> x = jax.random.uniform(jax.random.PRNGKey(0), (1000, 1))
         >>> events = Event(x, Maybe((x[:, 0] > 0.5).astype(int), jnp.ones(1000, bool)), jnp.ones(1000))
         >>> state, scores = jax.lax.scan(tree.step, tree.init(), events)
-        >>> int(state.n_leaves), int(state.feature[0]), bool(0.4 < state.threshold[0] < 0.6)
+        >>> int(state.n_leaves[0]), int(state.feature[0]), bool(0.4 < state.threshold[0] < 0.6)
         (2, 0, True)
     """
 
@@ -148,116 +157,154 @@ class HoeffdingTree(Learner):
             raise ValueError(f"subspace must lie in 1..{self.D}, got {self.subspace}")
 
     def init(self, *, key: PRNGKeyArray | None = None) -> Tree:
+        return self.plant(1, key=key)
+
+    def predict(self, state: Tree, x: Float[Array, " D"]) -> Float[Array, " C"]:
+        return self.ask(state, x)
+
+    def learn(self, state: Tree, x: Float[Array, " D"], target: Int[Array, ""], weight: Any = 1.0) -> Tree:
+        return self.update(state, x, target, weight)[0]
+
+    def step(self, state: Tree, x: Event) -> tuple[Tree, Float[Array, " C"]]:
+        return self.update(state, x.x, x.target.value, x.weight, x.target.valid)
+
+    # The same for tree g of several in one set of arrays.
+
+    def plant(self, G: int, *, key: PRNGKeyArray | None = None) -> Tree:
+        """G empty trees.
+
+        Raises:
+            ValueError: if there is a subspace and no key.
+        """
         if self.subspace is not None and key is None:
             raise ValueError("a tree with a subspace draws features at random: init needs a key")
         M, L, C, F = 2 * self.max_leaves - 1, self.max_leaves, self.C, self.subspace or self.D
         R = max(5, 1 + self.n_values) if self.nominal else 5
-        watched = None
-        if self.subspace is not None:
-            watched = jnp.zeros((L, F), jnp.int32).at[0].set(self._draw(key, 1))
-        return Tree(
-            feature=jnp.full(M, -1, jnp.int32),
-            threshold=jnp.zeros(M),
-            child=jnp.zeros(M, jnp.int32),
-            leaves=Leaf(jnp.zeros((L, C)), jnp.zeros((L, C, R, F)), jnp.zeros((L, 3)), watched),
-            n_leaves=jnp.int32(1),
+        watched = None if self.subspace is None else jnp.zeros((G * L, F), jnp.int32)
+        bare = Tree(
+            feature=jnp.full(G * M, -1, jnp.int32),
+            threshold=jnp.zeros(G * M),
+            child=jnp.zeros(G * M, jnp.int32),
+            leaves=Leaf(jnp.zeros((G * L, C)), jnp.zeros((G * L, C, R, F)), jnp.zeros((G * L, 3)), watched),
+            n_leaves=jnp.ones(G, jnp.int32),
             denied=jnp.int32(0),
             rejected=jnp.int32(0),
-            key=key if self.subspace is not None else None,
+            drawn=jnp.int32(0),
+            key=None if self.subspace is None else key,
+        )
+        return lax.fori_loop(0, G, lambda g, trees: self.clear(trees, g), bare)
+
+    def clear(self, trees: Tree, g: Any) -> Tree:
+        """Tree g is empty again; its root watches other features."""
+        M, L = 2 * self.max_leaves - 1, self.max_leaves
+
+        def wipe(array, start, size, value=0):
+            blank = jnp.full((size, *array.shape[1:]), value, array.dtype)
+            return lax.dynamic_update_slice_in_dim(array, blank, start, 0)
+
+        weight, stats, tally, watched = trees.leaves
+        if watched is not None:
+            watched = _write(watched, g * L, self._draw(trees.key, trees.drawn))
+        return trees._replace(
+            feature=wipe(trees.feature, g * M, M, -1),
+            child=_write(trees.child, g * M, g * L),
+            leaves=Leaf(wipe(weight, g * L, L), wipe(stats, g * L, L), wipe(tally, g * L, L), watched),
+            n_leaves=_write(trees.n_leaves, g, 1),
+            drawn=trees.drawn + (self.subspace is not None),
         )
 
-    def predict(self, state: Tree, x: Float[Array, " D"]) -> Float[Array, " C"]:
-        _, slot = self._route(state, x)
-        return self._vote(_read(state.leaves, slot), x)[0]
+    def ask(self, trees: Tree, x: Float[Array, " D"], g: Any = 0) -> Float[Array, " C"]:
+        """What tree g predicts."""
+        x = jnp.asarray(x, float)
+        return self._vote(_read(trees.leaves, self._route(trees, x, g)[1]), x)[0]
 
-    def learn(self, state: Tree, x: Float[Array, " D"], target: Int[Array, ""], weight: Any = 1.0) -> Tree:
-        return self._update(state, x, target, weight, jnp.asarray(True))[0]
+    def update(self, trees: Tree, x, y, weight: Any = 1.0, valid: Any = True, g: Any = 0):
+        """Predict with tree g, then let it learn where `valid`: the trees and the scores. Both share one routing.
 
-    def step(self, state: Tree, x: Event) -> tuple[Tree, Float[Array, " C"]]:
-        return self._update(state, x.x, x.target.value, x.weight, jnp.asarray(x.target.valid))
-
-    def _update(self, state: Tree, x, y, weight, valid) -> tuple[Tree, Float[Array, " C"]]:
-        """Predict and learn with one routing. What is not to be learned is written back as it was."""
-        x, weight = jnp.asarray(x, float), jnp.asarray(weight, float)
-        node, slot = self._route(state, x)
-        leaf = _apart(_read(state.leaves, slot), slot)
+        What is not to be learned is written back as it was: that is cheaper than a choice between two states.
+        """
+        x, y = jnp.asarray(x, float), jnp.asarray(y)
+        weight, valid = jnp.asarray(weight, float), jnp.asarray(valid)
+        node, slot = self._route(trees, x, g)
+        leaf = _apart(_read(trees.leaves, slot), slot)
         scores, majority, bayes = self._vote(leaf, x)
 
-        good = (0 <= y) & (y < self.C) & (weight >= 0) & jnp.isfinite(weight)
-        if not self.missing:
-            good &= self._known(x, jnp.arange(self.D)).all()
+        good = self.acceptable(x, y, weight)
         y = jnp.clip(y, 0, self.C - 1)
         weight = jnp.where(valid & good, weight, 0.0)
         empty = leaf.weight.sum() == 0
+        hits = jnp.stack([jnp.asarray(True), empty | (majority == y), ~empty & (bayes == y)])
         leaf = leaf._replace(
             weight=leaf.weight.at[y].add(weight),
             stats=self._observe(leaf, x, y, weight),
-            tally=leaf.tally
-            + weight * jnp.stack([jnp.ones(()), (empty | (majority == y)) * 1.0, (~empty & (bayes == y)) * 1.0]),
+            tally=leaf.tally + weight * hits,
         )
-
         due = (weight > 0) & (leaf.tally[SINCE] >= self.grace)
-        full = state.n_leaves >= self.max_leaves
-        result = branch(due, self._attempt, self._no_attempt, leaf, full, state.n_leaves, state.key)
-        # Not split: everything below writes back what is there. The pair of new nodes follows those in use; indices
-        # past the end are clamped by both the read and the write. The new slot has not been used: its statistics are 0.
-        new, pair, child = state.n_leaves, 2 * state.n_leaves - 1, state.child
-        leaves = {
-            name: _write(old, new, jnp.where(result.split, right, _read(old, new)))
-            for name, old, right in (
-                ("weight", state.leaves.weight, result.right),
-                ("watched", state.leaves.watched, result.watched),
-            )
-            if old is not None
-        }
+        n_leaves = _read(trees.n_leaves, g)
+        full = n_leaves >= self.max_leaves
+        result = branch(due, self._attempt, self._no_attempt, leaf, full, trees.drawn, trees.key)
+
+        # Not split: everything below writes back what is there. The new slot has not been used: its statistics are 0.
+        new = g * self.max_leaves + jnp.minimum(n_leaves, self.max_leaves - 1)
+        leaves, child = trees.leaves, trees.child
+        right = jnp.where(result.split, result.right, _read(leaves.weight, new))
+        leaves = leaves._replace(weight=_write(leaves.weight, new, right))
+        if leaves.watched is not None:
+            watched = jnp.where(result.split, result.watched, _read(leaves.watched, new))
+            leaves = leaves._replace(watched=_write(leaves.watched, new, watched))
+        pair = g * (2 * self.max_leaves - 1) + jnp.minimum(2 * n_leaves - 1, 2 * self.max_leaves - 3)
         if self.max_leaves > 1:
             slots = jnp.where(result.split, jnp.stack([slot, new]), lax.dynamic_slice(child, (pair,), (2,)))
             child = lax.dynamic_update_slice(child, slots, (pair,))
-        state = state._replace(
-            feature=_write(state.feature, node, jnp.where(result.split, result.feature, -1)),
-            threshold=_write(state.threshold, node, jnp.where(result.split, result.threshold, 0.0)),
+        trees = trees._replace(
+            feature=_write(trees.feature, node, jnp.where(result.split, result.feature, -1)),
+            threshold=_write(trees.threshold, node, result.threshold),
             child=_write(child, node, jnp.where(result.split, pair, slot)),
-            leaves=_write(state.leaves._replace(**leaves), slot, result.leaf),
-            n_leaves=state.n_leaves + result.split,
-            denied=state.denied + result.denied,
-            rejected=state.rejected + (valid & ~good),
+            leaves=_write(leaves, slot, result.leaf),
+            n_leaves=_write(trees.n_leaves, g, n_leaves + result.split),
+            denied=trees.denied + result.denied,
+            rejected=trees.rejected + (valid & ~good),
+            drawn=trees.drawn + (2 * result.split if self.subspace is not None else 0),
         )
-        return state, scores
+        return trees, scores
 
-    def _route(self, state: Tree, x) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """The leaf that x falls into: its node and its slot."""
-        nominal = _mask(self.D, self.nominal)
+    def acceptable(self, x, y, weight) -> Bool[Array, ""]:
+        """Whether an event may be learned from."""
+        good = (0 <= y) & (y < self.C) & (weight >= 0) & jnp.isfinite(weight)
+        return good if self.missing else good & self._known(x, jnp.arange(self.D)).all()
+
+    def _route(self, trees: Tree, x, g) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The leaf of tree g that x falls into: its node and its slot."""
+        nominal = jnp.asarray(_mask(self.D, self.nominal))
 
         def descend(node):
-            feature, threshold, left = state.feature[node], state.threshold[node], state.child[node]
+            feature, threshold, left = trees.feature[node], trees.threshold[node], trees.child[node]
             value = x[feature]
-            right = value > threshold
-            if self.nominal:
-                right = jnp.where(jnp.asarray(nominal)[feature], value != threshold, right)
+            right = jnp.where(nominal[feature], value != threshold, value > threshold) if self.nominal else value > threshold
             if self.missing:
                 right = branch(
                     ~self._known(value, feature),
-                    lambda state, left, right: self._below(state, left + 1) > self._below(state, left),
-                    lambda state, left, right: right,
-                    *(state, left, right),
+                    lambda trees, left, right: self._below(trees, left + 1) > self._below(trees, left),
+                    lambda trees, left, right: right,
+                    *(trees, left, right),
                 )
             return left + right
 
-        node = lax.while_loop(lambda node: state.feature[node] >= 0, descend, jnp.int32(0))
-        return node, state.child[node]
+        root = jnp.asarray(g * (2 * self.max_leaves - 1), jnp.int32)
+        node = lax.while_loop(lambda node: trees.feature[node] >= 0, descend, root)
+        return node, trees.child[node]
 
-    def _below(self, state: Tree, node) -> Float[Array, ""]:
+    def _below(self, trees: Tree, node) -> Float[Array, ""]:
         """The weight in the leaves under a node."""
-        M = 2 * self.max_leaves - 1
-        inner = state.feature >= 0
+        inner, M = trees.feature >= 0, trees.feature.shape[0]
 
         # Children come after their parents, so one pass in order marks everything under the node.
         def mark(i, under):
-            pair = jnp.where(inner[i], state.child[i], M)  # past the end: dropped
+            pair = jnp.where(inner[i], trees.child[i], M)  # past the end: dropped
             return under.at[jnp.stack([pair, pair + 1])].max(under[i], mode="drop")
 
         under = lax.fori_loop(0, M, mark, jnp.arange(M) == node)
-        mass = state.leaves.weight.sum(-1)[jnp.where(inner, 0, state.child)]
+        mass = trees.leaves.weight.sum(-1)[jnp.where(inner, 0, trees.child)]
         return jnp.where(under & ~inner, mass, 0.0).sum()
 
     def _known(self, value, feature):
@@ -319,11 +366,11 @@ class HoeffdingTree(Learner):
             scores = posterior if self.leaf == "nb" else share
         return jnp.where(total > 0, scores, 1 / self.C), jnp.argmax(share), jnp.argmax(logit)
 
-    def _no_attempt(self, leaf: Leaf, full, n_leaves, key) -> Attempt:
+    def _no_attempt(self, leaf: Leaf, full, drawn, key) -> Attempt:
         no = jnp.zeros((), bool)
         return Attempt(no, no, jnp.int32(-1), jnp.zeros(()), leaf, leaf.weight, leaf.watched)
 
-    def _attempt(self, leaf: Leaf, full, n_leaves, key) -> Attempt:
+    def _attempt(self, leaf: Leaf, full, drawn, key) -> Attempt:
         """Split the leaf if its best test leads by more than the Hoeffding bound."""
         C, total = self.C, leaf.weight.sum()
         present = (leaf.weight > 0).sum()
@@ -353,7 +400,7 @@ class HoeffdingTree(Learner):
         )
         index, watched = best.astype(jnp.int32), (None, None)
         if leaf.watched is not None:
-            index, watched = leaf.watched[best], (self._draw(key, 2 * n_leaves), self._draw(key, 2 * n_leaves + 1))
+            index, watched = leaf.watched[best], (self._draw(key, drawn), self._draw(key, drawn + 1))
         child = Leaf(left[:, best], jnp.zeros_like(leaf.stats), jnp.zeros_like(leaf.tally), watched[0])
         return Attempt(
             split, wanted & full, index, threshold[best], select(split, child, kept), right[:, best], watched[1]
@@ -397,6 +444,166 @@ class HoeffdingTree(Learner):
         return jax.random.permutation(noise(key, index, "subspace"), self.D)[: self.subspace].astype(jnp.int32)
 
 
+class Forest(NamedTuple):
+    """The state of an `AdaptiveForest` of n trees."""
+
+    trees: Tree
+    """2n trees: those that vote and their replacements."""
+    voting: Int[Array, " n"]
+    """Which of the trees vote."""
+    spare: Int[Array, " n"]
+    """Which grow in the background to replace them."""
+    growing: Bool[Array, " n"]
+    """Whether the spare tree is in use."""
+    warn: ADWINState
+    drift: ADWINState
+    right: Float[Array, " n"]
+    seen: Float[Array, " n"]
+    """Right predictions and all predictions of each voting tree since it was installed."""
+    replaced: Int[Array, ""]
+    """Trees replaced after a drift."""
+    rejected: Int[Array, ""]
+    """Labelled events that were ignored."""
+    t: Int[Array, ""]
+    key: UInt32[Array, "2"]
+
+
+class AdaptiveForest(Learner):
+    """An adaptive random forest: bagged Hoeffding trees on random subspaces, each replaced when its error changes.
+
+    Stream: `Event(x f32[D], Maybe(label i32, valid), weight)`. Output: class scores f32[C] that sum to 1, the trees'
+    votes weighted by their accuracies. State: `Forest`, 2 n_models trees and 2 n_models detectors.
+
+    Each tree sees each event Poisson(`lam`) times, as one weighted update. When its warning detector fires, a new tree
+    starts to grow in the background; when its drift detector fires, that tree takes over. As in River, a falling error
+    rate is a change too. Bad events are ignored and counted in `state.rejected` (see `HoeffdingTree`).
+
+    The trees are visited one after the other, so that an attempt to split costs only the tree that makes it.
+
+    Args:
+        tree: how the trees grow. Gomes et al. use grace=50, delta=0.01.
+        n_models: number of trees n.
+        lam: mean number of times that a tree sees an event.
+        m: number of random features that a leaf watches; by default round(sqrt(D)).
+        warn_delta: confidence of the warning detectors.
+        drift_delta: confidence of the drift detectors.
+
+    Raises:
+        ValueError: if an argument is out of range, or `init` gets no key.
+    """
+
+    tree: HoeffdingTree
+    n_models: int = eqx.field(static=True)
+    lam: float = eqx.field(static=True)
+    warn: ADWIN
+    drift: ADWIN
+
+    def __init__(
+        self,
+        tree: HoeffdingTree,
+        n_models: int = 10,
+        lam: float = 6.0,
+        m: int | None = None,
+        warn_delta: float = 0.01,
+        drift_delta: float = 0.001,
+    ):
+        if n_models < 1:
+            raise ValueError(f"n_models must be at least 1, got {n_models}")
+        if not lam > 0:
+            raise ValueError(f"lam must be positive, got {lam}")
+        self.tree = dataclasses.replace(tree, subspace=round(math.sqrt(tree.D)) if m is None else m)
+        self.n_models, self.lam = n_models, lam
+        self.warn, self.drift = ADWIN(warn_delta), ADWIN(drift_delta)
+
+    def init(self, *, key: PRNGKeyArray | None = None) -> Forest:
+        if key is None:
+            raise ValueError("a forest is random: init needs a key")
+        n = self.n_models
+        stacked = lambda state: jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape)), state)  # noqa: E731
+        return Forest(
+            trees=self.tree.plant(2 * n, key=noise(key, 0, "trees")),
+            voting=jnp.arange(n, dtype=jnp.int32),
+            spare=jnp.arange(n, 2 * n, dtype=jnp.int32),
+            growing=jnp.zeros(n, bool),
+            warn=stacked(self.warn.init()),
+            drift=stacked(self.drift.init()),
+            right=jnp.zeros(n),
+            seen=jnp.zeros(n),
+            replaced=jnp.int32(0),
+            rejected=jnp.int32(0),
+            t=jnp.int32(0),
+            key=key,
+        )
+
+    def predict(self, state: Forest, x: Float[Array, " D"]) -> Float[Array, " C"]:
+        def ask(i, scores):
+            return _write(scores, i, self.tree.ask(state.trees, x, state.voting[i]))
+
+        scores = lax.fori_loop(0, self.n_models, ask, jnp.zeros((self.n_models, self.tree.C)))
+        return self._vote(state.right, state.seen, scores)
+
+    def learn(self, state: Forest, x: Float[Array, " D"], target: Int[Array, ""], weight: Any = 1.0) -> Forest:
+        return self.step(state, Event(x, Maybe(target, True), weight))[0]
+
+    def step(self, state: Forest, x: Event) -> tuple[Forest, Float[Array, " C"]]:
+        features, y = jnp.asarray(x.x, float), jnp.asarray(x.target.value)
+        good = self.tree.acceptable(features, y, x.weight)
+        learns = x.target.valid & good
+        k = jnp.where(learns, x.weight * self._poisson(noise(state.key, state.t, "bag")), 0.0)
+        ballot = state.right, state.seen
+
+        def visit(i, carry):
+            """Predict with voting tree i, let it learn, and replace it if need be."""
+            state, scores = carry
+            voting, spare, fed = state.voting[i], state.spare[i], k[i] > 0
+            trees, score = self.tree.update(state.trees, features, y, k[i], learns, voting)
+            # Loops of one turn or none: where there is nothing to do, the trees stay where they are.
+            trees = _if(
+                state.growing[i] & fed, lambda t: self.tree.update(t, features, y, k[i], learns, spare)[0], trees
+            )
+            right = jnp.argmax(score) == y
+            warn, warned = self._watch(self.warn, _read(state.warn, i), ~right, fed)
+            drift, drifted = self._watch(self.drift, _read(state.drift, i), ~right, fed)
+            growing = state.growing[i] | warned
+            swap = drifted & growing
+            trees = _if(
+                warned | (drifted & ~growing), lambda t: self.tree.clear(t, jnp.where(warned, spare, voting)), trees
+            )
+            state = state._replace(
+                trees=trees,
+                voting=_write(state.voting, i, jnp.where(swap, spare, voting)),
+                spare=_write(state.spare, i, jnp.where(swap, voting, spare)),
+                growing=_write(state.growing, i, growing & ~drifted),
+                warn=_write(state.warn, i, select(drifted, self.warn.init(), warn)),
+                drift=_write(state.drift, i, drift),  # starts afresh by itself
+                right=_write(state.right, i, jnp.where(drifted, 0.0, state.right[i] + (learns & right))),
+                seen=_write(state.seen, i, jnp.where(drifted, 0.0, state.seen[i] + learns)),
+                replaced=state.replaced + drifted,
+            )
+            return state, _write(scores, i, score)
+
+        scores = jnp.zeros((self.n_models, self.tree.C))
+        state, scores = lax.fori_loop(0, self.n_models, visit, (state, scores))
+        state = state._replace(rejected=state.rejected + (x.target.valid & ~good), t=state.t + 1)
+        return state, self._vote(*ballot, scores)
+
+    def _watch(self, detector: ADWIN, old: ADWINState, error, fed) -> tuple[ADWINState, Bool[Array, ""]]:
+        """The detector after this error, if it is fed, and whether it fires."""
+        new, alarm = detector.step(old, error.astype(old.total.dtype))
+        return select(fed, new, old), fed & alarm.drift
+
+    def _vote(self, right, seen, scores: Float[Array, "n C"]) -> Float[Array, " C"]:
+        accuracy = right / jnp.maximum(seen, 1.0)
+        votes = (jnp.where(accuracy > 0, accuracy, 1.0)[:, None] * scores).sum(0)
+        return votes / votes.sum()
+
+    def _poisson(self, key) -> Float[Array, " n"]:
+        """One draw for each tree, by inversion: the rate is small and the same for all."""
+        k = np.arange(int(self.lam + 10 * math.sqrt(self.lam) + 10))
+        mass = np.exp(k * math.log(self.lam) - self.lam - np.array([math.lgamma(i + 1) for i in k]))
+        return (jax.random.uniform(key, (self.n_models, 1)) > jnp.asarray(np.cumsum(mass), float)).sum(-1).astype(float)
+
+
 def _read(stacked: Any, i: Any) -> Any:
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), stacked)
 
@@ -412,6 +619,11 @@ def _apart(leaf: Leaf, slot: Int[Array, ""]) -> Leaf:
     """
     never = slot < 0
     return lax.while_loop(lambda c: c[0], lambda c: (never, select(never, _zeros(leaf), c[1])), (~never, leaf))[1]
+
+
+def _if(pred: Any, f: Callable, state: Any) -> Any:
+    """`f(state)` where `pred`. A loop updates its state in place, which a `lax.cond` does not promise."""
+    return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), f(c[1])), (pred, state))[1]
 
 
 def _zeros(tree: Any) -> Any:

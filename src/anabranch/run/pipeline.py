@@ -157,22 +157,28 @@ class Pipeline:
             "outcomes": sinks.open_sink(self.out, "outcomes", format),
             "dead_letters": sinks.TextSink(self.out / "dead_letters.jsonl", "jsonl"),
         }
-        finished = self._restore() if resume else False
-        if not finished:
-            begin = time.perf_counter()
-            console = Console(stderr=True)
-            with Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(), console=console, disable=not progress, transient=False,
-            ) as bar:  # fmt: skip
-                self._stream(limit, bar, begin)
-            self.seconds += time.perf_counter() - begin
-            self._checkpoint(finished=True)
-            self.checkpoints.wait()
+        try:
+            if not (resume and self._restore()):
+                self._run(limit, progress)
+        except BaseException:
+            for sink in self.sinks.values():
+                sink.abandon()
+            raise
         for sink in self.sinks.values():
             sink.close()
         self.checkpoints.close()
         return self.summary()
+
+    def _run(self, limit: int | None, progress: bool) -> None:
+        begin = time.perf_counter()
+        with Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=Console(stderr=True), disable=not progress,
+        ) as bar:  # fmt: skip
+            self._stream(limit, bar, begin)
+        self.seconds += time.perf_counter() - begin
+        self._checkpoint(finished=True)
+        self.checkpoints.wait()
 
     def summary(self) -> Summary:
         """The figures so far."""
@@ -511,7 +517,7 @@ class Pipeline:
 
     # Peers
 
-    def compare(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def compare(self, *, progress: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
         """Other ways to answer the same questions, scored alike: `{peer: {group: scores}}`.
 
         Each peer of the configuration is called with the source's table and yields `(group, times, targets,
@@ -519,15 +525,16 @@ class Pipeline:
         """
         table = self._source if self._source is not None else self._call() if self._call is not None else None
         found: dict[str, dict[str, dict[str, Any]]] = {}
+        status = Console(stderr=True, quiet=not progress)
         for peer in self._peers:
             name = (peer.__doc__ or peer.__name__).strip().splitlines()[0].rstrip(".")
             try:
-                answers: Iterable = peer(table)
-                for group, times, targets, predictions in answers:
-                    at = np.ones(len(times), bool) if self.after is None else np.asarray(times) >= self.after
-                    scores = Scores(self.kind)
-                    scores.add(np.asarray(targets)[at], np.asarray(predictions)[at])
-                    found.setdefault(name, {})[group] = scores.value()
+                with status.status(f"comparing: {name}"):
+                    for group, times, targets, predictions in peer(table):
+                        at = np.ones(len(times), bool) if self.after is None else np.asarray(times) >= self.after
+                        scores = Scores(self.kind)
+                        scores.add(np.asarray(targets)[at], np.asarray(predictions)[at])
+                        found.setdefault(name, {})[group] = scores.value()
             except ImportError as error:
                 log.warning("%s is not compared: %s", name, error)
         return found

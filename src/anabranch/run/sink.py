@@ -23,6 +23,9 @@ class Sink(Protocol):
     def position(self) -> int: ...
     def rewind(self, position: int) -> None: ...
     def close(self) -> None: ...
+    def abandon(self) -> None:
+        """Let go without making anything durable: the run has failed, and will go on from its last checkpoint."""
+        ...
 
 
 def _sync(path: Path) -> None:
@@ -68,6 +71,11 @@ class ParquetSink:
     def close(self) -> None:
         self.position()
 
+    def abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
 
 class TextSink:
     """One CSV or JSON Lines file. A position is a length in bytes."""
@@ -98,6 +106,9 @@ class TextSink:
 
     def close(self) -> None:
         self.position()
+        self._file.close()
+
+    def abandon(self) -> None:
         self._file.close()
 
 
@@ -134,6 +145,9 @@ class SqliteSink:
 
     def close(self) -> None:
         self.position()
+        self._db.close()
+
+    def abandon(self) -> None:
         self._db.close()
 
 

@@ -1,9 +1,10 @@
 """Sources: rows as Arrow tables, in blocks, with the rows that could not be read beside them."""
 
+import csv as csv_module
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,11 +35,6 @@ def tables(source: Iterable | pa.Table) -> Iterator[Block]:
     if isinstance(source, (pa.Table, pa.RecordBatch)):
         source = [source]
     first, held = 0, []
-
-    def whole(rows):
-        table = pa.Table.from_pylist(rows, schema=None)
-        return Block(table, np.arange(first, first + len(rows)), [])
-
     for item in source:
         if isinstance(item, pa.RecordBatch):
             item = pa.Table.from_batches([item])
@@ -64,21 +60,20 @@ def parquet(path) -> Iterator[Block]:
         yield from tables(file.iter_batches(BLOCK))
 
 
-def csv(path) -> Iterator[Block]:
+def csv(file: BinaryIO) -> Iterator[Block]:
     """Rows of a CSV file with a header; all values are text until a stage asks for numbers."""
     bad: list[Bad] = []
 
     def skip(row):
-        # Arrow counts lines from 1 and the header is one.
-        bad.append(Bad(row.number - 2, f"expected {row.expected_columns} columns, got {row.actual_columns}", row.text))
+        bad.append(Bad(row.number - 1, f"expected {row.expected_columns} columns, got {row.actual_columns}", row.text))
         return "skip"
 
-    with open(path, "rb") as file:
-        header = next(iter(pyarrow.csv.open_csv(file, read_options=pyarrow.csv.ReadOptions(block_size=1 << 20))), None)
-    names = header.schema.names if header is not None else []
+    names = next(csv_module.reader([file.readline().decode("utf-8-sig")]), [])
+    if not names:
+        return
     reader = pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=4 << 20),
+        file,
+        read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=4 << 20, column_names=names),
         parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=skip),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types={name: pa.string() for name in names}, strings_can_be_null=True, null_values=["", "NA", "NaN"]
@@ -122,7 +117,7 @@ def stdin(format: str) -> Iterator[Block]:
 
 def _records(rows: list[dict], first: int, numbers: list[int] | None = None, bad: list[Bad] | None = None) -> Block:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns, good = {}, np.ones(len(rows), bool)
+    columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
         try:
@@ -130,7 +125,7 @@ def _records(rows: list[dict], first: int, numbers: list[int] | None = None, bad
         except (pa.ArrowInvalid, pa.ArrowTypeError):  # mixed types: text, and a stage that wants numbers will say which
             columns[name] = pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values])
     at = np.arange(first, first + len(rows)) if numbers is None else np.array(numbers, np.int64)
-    return Block(pa.table(columns), at[good], bad or [])
+    return Block(pa.table(columns), at, bad or [])
 
 
 def open_source(config, call: Callable | None) -> Iterator[Block]:
@@ -142,13 +137,13 @@ def open_source(config, call: Callable | None) -> Iterator[Block]:
         case "parquet":
             return parquet(config.path)
         case "csv":
-            return csv(config.path)
+            return _opened(config.path, csv)
         case "jsonl":
-            return _lines(config.path)
+            return _opened(config.path, jsonl)
         case _:
             return stdin(config.format)
 
 
-def _lines(path) -> Iterator[Block]:
+def _opened(path, rows: Callable) -> Iterator[Block]:
     with open(path, "rb") as file:
-        yield from jsonl(file)
+        yield from rows(file)

@@ -1,0 +1,26 @@
+# The two commands: `make demo` and `make test`. Both start from nothing but Python 3.11 or later, with venv and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint docs bench clean
+
+demo: .venv/demo
+	$(BIN)/anabranch run examples/flights.toml
+
+test: .venv/test
+	JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR:-$(CURDIR)/.cache/jax} $(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/dev
+	$(BIN)/python docs/methods.py && $(BIN)/mkdocs build --strict
+
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv out site .cache

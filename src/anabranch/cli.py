@@ -1,0 +1,154 @@
+"""The command line."""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+app = typer.Typer(
+    help="Anabranch: models that live on streams.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_Slug = Annotated[str, typer.Argument(help="The slug of a method; see `anabranch methods`.")]
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {error.args[0] if error.args and isinstance(error, LookupError) else error}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+@app.callback()
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("anabranch").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@app.command()
+def run(
+    pipeline: Annotated[Path, typer.Argument(help="A pipeline file (TOML).")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Stop after this many rows of the source.", min=1)] = None,
+    peers: Annotated[bool, typer.Option(help="Run the peers that the pipeline names, and compare.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder of outputs, instead of the one in the file.")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Run a pipeline to the end of its source; print the final figures and write the report."""
+    from anabranch.run.config import ConfigError, read
+    from anabranch.run.pipeline import Pipeline
+
+    console = Console(stderr=True)
+    try:
+        config = read(pipeline)
+        if out is not None:
+            config = config.model_copy(update={"out": out})
+        made = Pipeline(config, pipeline.parent)
+        summary = made.run(resume=resume, limit=limit, progress=not as_json)
+        found: dict[str, Any] = {}
+        if peers and limit is None and config.report.peers:
+            found = made.compare(progress=not as_json)
+    except (ConfigError, FileNotFoundError) as error:
+        _fail(error)
+    report = None
+    try:
+        from anabranch.run import report as reports
+
+        report = reports.write(made, summary, found)
+    except ImportError as error:
+        console.print(f"no report: {error}")
+    if as_json:
+        print(json.dumps({**summary._asdict(), "peers": found, "report": str(report) if report else None}, default=float))
+        return
+    print(
+        f"{summary.events:,} events in {summary.seconds:.1f} s ({summary.events_per_s:,.0f} events/s), "
+        f"{sum(summary.keys.values()):,} keys, {summary.dead_letters:,} dead letters; "
+        + ", ".join(f"{count:,} labels {name}" for name, count in summary.labels.items() if count)
+    )
+    if summary.metrics:
+        head, rows = reports.table(summary, found, config.name)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row, style="bold" if row[1] == config.name else None)
+        Console(width=max(100, Console().width)).print(table)
+    print(f"outputs: {made.out}" + (f", report: {report}" if report else ""))
+
+
+@app.command()
+def methods(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None, as_json: _AsJson = False
+) -> None:
+    """List the methods: family, title, and what stands behind each."""
+    from anabranch import catalog
+
+    try:
+        found = catalog.methods(family)
+    except (LookupError, ValueError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(m) for m in found], ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("family", "method", "status", "title"):
+        table.add_column(name, no_wrap=name != "title")
+    for m in found:
+        table.add_row(m.family, m.slug, m.status, m.title)
+    Console().print(table)
+
+
+@app.command()
+def check(slug: _Slug, as_json: _AsJson = False) -> None:
+    """Check a method's cell against the contract: bounded, pure, batchable, resumable, and so on."""
+    from anabranch import catalog, contract
+
+    try:
+        report = contract.check(*catalog.example(slug))
+    except (LookupError, ValueError) as error:
+        _fail(error)
+    print(json.dumps(report.to_dict()) if as_json else str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def claim(
+    slug: _Slug,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes, seconds; nothing is recorded.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Large sizes, up to half an hour.")] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Run a method's claim against its baseline, and record the verdict."""
+    from anabranch import claim as claims
+
+    try:
+        record = claims.run(slug, smoke=smoke, full=full)
+    except (LookupError, ValueError, FileNotFoundError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        claims.show(record)
+
+
+@app.command()
+def train(slug: _Slug) -> None:
+    """Run a recorded training script, and write its weights with the hashes of script and data."""
+    from anabranch import train as training
+
+    try:
+        path, meta = training.train(slug)
+    except (LookupError, ValueError, FileNotFoundError) as error:
+        _fail(error)
+    print(f"{path}\n{json.dumps(meta, indent=2, default=str)}")
+
+
+if __name__ == "__main__":
+    app()
