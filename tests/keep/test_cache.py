@@ -321,12 +321,13 @@ def test_gdsf_with_costs_as_on_a_heap():
 
 
 def test_gdsf_does_not_lose_its_increments_as_the_floor_grows():
-    cell = GDSF(10)
-    xs = requests(zipf(1000))
-    state = cell.init()
-    _, expected = cell.advance(state, xs)
-    far = state._replace(floor=jnp.float32(2.0**30), score=state.score + 2.0**30)
-    np.testing.assert_array_equal(cell.advance(far, xs)[1].hit, expected.hit)
+    cell, xs = GDSF(10), requests(zipf(1000))
+    advance = jax.jit(cell.advance)
+    empty = cell.init()
+    warm = advance(empty, xs)[0]
+    for state, far in ((empty, 2.0**30), (warm, 2.0**20)):  # 1 is lost beside the first, kept beside the second
+        lifted = state._replace(floor=state.floor + far, score=state.score + far)
+        np.testing.assert_array_equal(advance(lifted, xs)[1].hit, advance(state, xs)[1].hit)
 
 
 @pytest.mark.parametrize("cls", [FIFO, LRU, LFU, ARC])

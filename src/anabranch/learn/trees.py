@@ -180,19 +180,21 @@ class HoeffdingTree(Learner):
             raise ValueError("a tree with a subspace draws features at random: init needs a key")
         M, L, C, F = 2 * self.max_leaves - 1, self.max_leaves, self.C, self.subspace or self.D
         R = max(5, 1 + self.n_values) if self.nominal else 5
-        watched = None if self.subspace is None else jnp.zeros((G * L, F), jnp.int32)
-        bare = Tree(
+        watched, random = None, self.subspace is not None
+        if random:
+            roots = jax.vmap(lambda g: self._draw(key, g))(jnp.arange(G))
+            watched = jnp.zeros((G * L, F), jnp.int32).at[::L].set(roots)
+        return Tree(
             feature=jnp.full(G * M, -1, jnp.int32),
             threshold=jnp.zeros(G * M),
-            child=jnp.zeros(G * M, jnp.int32),
+            child=jnp.zeros(G * M, jnp.int32).at[::M].set(L * jnp.arange(G, dtype=jnp.int32)),
             leaves=Leaf(jnp.zeros((G * L, C)), jnp.zeros((G * L, C, R, F)), jnp.zeros((G * L, 3)), watched),
             n_leaves=jnp.ones(G, jnp.int32),
             denied=jnp.int32(0),
             rejected=jnp.int32(0),
-            drawn=jnp.int32(0),
-            key=None if self.subspace is None else key,
+            drawn=jnp.int32(G if random else 0),
+            key=key if random else None,
         )
-        return lax.fori_loop(0, G, lambda g, trees: self.clear(trees, g), bare)
 
     def clear(self, trees: Tree, g: Any) -> Tree:
         """Tree g is empty again; its root watches other features."""
