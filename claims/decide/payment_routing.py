@@ -283,9 +283,7 @@ class Objects:
 def throughput(size: Size) -> Comparison:
     """Each micro-batch asks for new transactions and reports the outcomes of those of the batch before."""
     contexts, batch, rounds, k = 1000, 1024, 20 if size.smoke else 200, 5
-    keyed = Keyed(
-        PaymentRouter(DiscountedUCB(k)), capacity=contexts, form="waves"
-    )  # many words a state, little arithmetic
+    keyed = Keyed(PaymentRouter(DiscountedUCB(k)), capacity=contexts)
     rng = np.random.default_rng(0)
     success = rng.uniform(0.8, 0.95, (contexts, k))
     seconds, objects, late = [], Objects(k), None

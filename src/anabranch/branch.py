@@ -5,8 +5,10 @@
 many chunks of `bucket` rows as there are, and scatters the results back. Weights are never copied.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,8 @@ def branch(pred: Bool[Array, ""], heavy: Callable, light: Callable, *args: Any, 
     """
     if bucket < 1:
         raise ValueError(f"bucket must be positive, got {bucket}")
+    if _plain.get():
+        return jax.lax.cond(pred, heavy, light, *args)
     flat, structure = jax.tree.flatten(args)
     sides, consts, outs = [], [], []
     for side in (heavy, light):
@@ -61,6 +65,19 @@ def branch(pred: Bool[Array, ""], heavy: Callable, light: Callable, *args: Any, 
         jnp.asarray(pred), *map(jnp.asarray, operands), heavy=run_heavy, light=run_light, rows=None, bucket=bucket
     )
     return jax.tree.unflatten(jax.tree.structure(outs[0]), out)
+
+
+_plain = ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within this context, `branch` is traced as `jax.lax.cond`: for exporters, which know no primitive of ours."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def due(

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from anabranch.branch import plain
 from anabranch.cell import Cell
 
 
@@ -66,7 +67,8 @@ def to_onnx(cell: Cell, x: Any, path: str | os.PathLike | None = None, *, key: P
     step, inputs, outputs = _named_step(cell, x, key)
     values = list(inputs.values())
     # Traced here, because the converter would trace with its own substitutes for jax.numpy, which take fewer arguments.
-    closed = jax.make_jaxpr(lambda *args: list(map(step(dict(zip(inputs, args))).__getitem__, outputs)))(*values)
+    with plain():
+        closed = jax.make_jaxpr(lambda *args: list(map(step(dict(zip(inputs, args))).__getitem__, outputs)))(*values)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

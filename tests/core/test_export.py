@@ -149,3 +149,17 @@ def test_converting_leaves_jax_as_it_was():
     to_onnx(recurrent(), X)
     assert jnp.cumsum(X, 0).tolist() == [1.0, -1.0, 2.0]  # the converter's own version takes no second argument
     assert jnp.cumsum.__module__.startswith("jax.")
+
+
+def test_branch_is_exported_as_a_condition():
+    from anabranch.branch import branch
+
+    class Skips(Cell):
+        def init(self, *, key=None):
+            return jnp.zeros(3)
+
+        def step(self, state, x):
+            state = branch(x.sum() > 0, lambda s: jnp.tanh(s + x), lambda s: s, state)
+            return state, state * 2
+
+    assert to_onnx(Skips(), jnp.ones(3))

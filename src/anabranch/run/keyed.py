@@ -114,19 +114,21 @@ class Keyed:
     def __call__(self, keys: Sequence[Hashable] | np.ndarray | pa.Array, xs: PyTree) -> PyTree:
         """Step once for each event, in order; `xs` and the result are stacked on a leading axis.
 
+        A leaf of `xs` that is a plain number stands for all events.
+
         Raises:
             ValueError: if a key is null, or keys and inputs differ in number.
         """
         keys = _key_array(keys)
         n = len(keys)
-        lengths = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(xs)}
+        lengths = {np.shape(leaf)[0] for leaf in jax.tree.leaves(xs) if np.ndim(leaf)}
         if lengths - {n}:
             raise ValueError(f"{n} keys came with inputs of length {sorted(lengths)}")
         if n == 0:
             raise ValueError("a micro-batch needs at least one event")
+        xs = jax.tree.map(lambda leaf: np.asarray(leaf) if np.ndim(leaf) else np.full(n, leaf), xs)
         if self.cell.host:
             return self._step_host(keys, xs)
-        xs = jax.tree.map(np.asarray, xs)
         parts = []
         for start in range(0, n, SIZES[-1]):
             stop = min(start + SIZES[-1], n)
