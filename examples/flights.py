@@ -22,8 +22,8 @@ LATE = 15
 def events() -> pa.Table:
     """Two rows a flight, `schedule` and `departure`, in event-time order.
 
-    A flight that leaves early is asked about at its scheduled time both times, first without its delay: that it has left
-    already must not give it away.
+    A flight that leaves early is asked about at its scheduled time both times, first without its delay: that it has
+    left already must not give it away.
     """
     table = data.flights()
     n = table.num_rows
@@ -47,7 +47,13 @@ def events() -> pa.Table:
         "landed": landed,
     }
     # What states learn from a landing, they learn once: from the second question.
-    schedule = {"time": times["scheduled"], "moment": ["schedule"] * n, "dep_delay": never, "arr_delay": never, "gain": never}
+    schedule = {
+        "time": times["scheduled"],
+        "moment": ["schedule"] * n,
+        "dep_delay": never,
+        "arr_delay": never,
+        "gain": never,
+    }
     left = {
         "time": np.maximum(times["left"], times["scheduled"]), "moment": ["departure"] * n, "dep_delay": dep,
         "arr_delay": arr, "gain": arr - dep,
@@ -104,7 +110,7 @@ def _labelled(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
 
 
 def base_rate(table: pa.Table) -> Answers:
-    """The base rate so far"""
+    """base rate so far"""
     for moment, rows in _labelled(table):
         time, known, late = (rows[name].to_numpy() for name in ("time", "landed", "late"))
         order = np.argsort(known, kind="stable")
@@ -113,7 +119,7 @@ def base_rate(table: pa.Table) -> Answers:
 
 
 def river_logistic(table: pa.Table) -> Answers:
-    """River: scaler and logistic regression"""
+    """River, online logistic"""
     from river import compose, linear_model, optim, preprocessing
 
     names = ("carrier", "origin", "dest")
@@ -137,7 +143,7 @@ def river_logistic(table: pa.Table) -> Answers:
 
 
 def monthly_refit(table: pa.Table) -> Answers:
-    """Logistic regression refitted monthly"""
+    """logistic, refitted monthly"""
     from sklearn.compose import make_column_transformer
     from sklearn.linear_model import LogisticRegression as Batch
     from sklearn.pipeline import make_pipeline
@@ -152,7 +158,9 @@ def monthly_refit(table: pa.Table) -> Answers:
         told = np.full(len(time), 0.5)
         for start in np.unique(month)[1:]:
             past, now = known < start.astype("datetime64[s]").astype(np.int64), month == start
-            columns = make_column_transformer((StandardScaler(), numbers), (OneHotEncoder(handle_unknown="ignore"), names))
+            columns = make_column_transformer(
+                (StandardScaler(), numbers), (OneHotEncoder(handle_unknown="ignore"), names)
+            )
             fitted = make_pipeline(columns, Batch(max_iter=300)).fit(frame[past], late[past])
             told[now] = fitted.predict_proba(frame[now])[:, 1]
         yield moment, time, late, told

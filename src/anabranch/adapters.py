@@ -302,7 +302,7 @@ class HostLearner(Learner):
 
     def learn(self, state: Any, x, target, weight=1.0) -> Any:
         y = float(target) if self.classes is None else int(target)
-        weight = float(weight)
+        weight = float(np.asarray(weight))
         if hasattr(state, "learn_one"):
             state.learn_one(self._row(x), y, **({} if weight == 1.0 else {"w": weight}))
         else:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -23,8 +24,8 @@ def branch(pred: Bool[Array, ""], heavy: Callable, light: Callable, *args: Any, 
     """`heavy(*args)` where `pred`, else `light(*args)`; both return the same structure, shapes and dtypes.
 
     A batch runs `light` on every row, so it should cost next to nothing, and `heavy` on ⌈active / bucket⌉ chunks of
-    rows. That holds under `vmap`, under nested `vmap`, inside `scan`, and for `grad` of any of these. `vmap` of a `grad`
-    gives the right numbers, but runs both sides.
+    rows. That holds under `vmap`, under nested `vmap`, inside `scan`, and for `grad` of any of these. `vmap` of a
+    `grad` gives the right numbers, but runs both sides.
 
         >>> import jax, jax.numpy as jnp
         >>> w = jnp.eye(3)
@@ -43,7 +44,9 @@ def branch(pred: Bool[Array, ""], heavy: Callable, light: Callable, *args: Any, 
     flat, structure = jax.tree.flatten(args)
     sides, consts, outs = [], [], []
     for side in (heavy, light):
-        jaxpr, out = jax.make_jaxpr(lambda *a, side=side: side(*jax.tree.unflatten(structure, a)), return_shape=True)(*flat)
+        jaxpr, out = jax.make_jaxpr(lambda *a, side=side: side(*jax.tree.unflatten(structure, a)), return_shape=True)(
+            *flat
+        )
         sides.append(jaxpr)
         consts.append(jaxpr.consts)
         outs.append(out)
@@ -58,7 +61,9 @@ def branch(pred: Bool[Array, ""], heavy: Callable, light: Callable, *args: Any, 
         return jax.core.eval_jaxpr(sides[0].jaxpr, operands[:n_heavy], *operands[n_heavy + n_light :])
 
     def run_light(*operands):
-        return jax.core.eval_jaxpr(sides[1].jaxpr, operands[n_heavy : n_heavy + n_light], *operands[n_heavy + n_light :])
+        return jax.core.eval_jaxpr(
+            sides[1].jaxpr, operands[n_heavy : n_heavy + n_light], *operands[n_heavy + n_light :]
+        )
 
     operands = (*consts[0], *consts[1], *flat)
     out = branch_p.bind(
@@ -102,8 +107,8 @@ def due(
     return states, pending.at[lanes].set(False, mode="drop")
 
 
-# The primitive. `rows` is None for one stream (pred is a scalar); for a batch (pred has one axis) it says of each operand
-# whether it has that axis too or is shared by all rows.
+# The primitive. `rows` is None for one stream (pred is a scalar); for a batch (pred has one axis) it says of each
+# operand whether it has that axis too or is shared by all rows.
 
 
 def _run(pred, *operands, heavy, light, rows, bucket):
@@ -143,7 +148,10 @@ def _jvp(primals, tangents, **params):
         return _run(*full, **params)
 
     out, dout = jax.jvp(run, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
-    return out, [ad.Zero(jax.core.ShapedArray(o.shape, d.dtype)) if d.dtype == jax.dtypes.float0 else d for o, d in zip(out, dout)]
+    return out, [
+        ad.Zero(jax.core.ShapedArray(o.shape, d.dtype)) if d.dtype == jax.dtypes.float0 else d
+        for o, d in zip(out, dout)
+    ]
 
 
 def _batch(args, dims, *, heavy, light, rows, bucket):
@@ -156,7 +164,9 @@ def _batch(args, dims, *, heavy, light, rows, bucket):
         out = branch_p.bind(pred, *operands, heavy=heavy, light=light, rows=None, bucket=bucket)
     elif rows is None:
         out = branch_p.bind(pred, *operands, heavy=heavy, light=light, rows=tuple(batched), bucket=bucket)
-    elif any(b and not row for b, row in zip(batched, rows)):  # weights that differ between batches: one batch at a time
+    elif any(
+        b and not row for b, row in zip(batched, rows)
+    ):  # weights that differ between batches: one batch at a time
         again = partial(branch_p.bind, heavy=heavy, light=light, rows=rows, bucket=bucket)
         mapped = [a for a, b in zip((pred, *operands), (varies, *batched)) if b]
 

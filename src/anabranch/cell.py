@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 State = PyTree
@@ -41,7 +42,7 @@ class Maybe(NamedTuple, Generic[T]):
     """
 
     value: T
-    valid: Bool[Array, ""] | bool
+    valid: Bool[ArrayLike, ""]
 
 
 class Event(NamedTuple):
@@ -49,13 +50,13 @@ class Event(NamedTuple):
 
     x: PyTree
     target: Maybe[PyTree]
-    weight: Float[Array, ""] | float = 1.0
+    weight: Float[ArrayLike, ""] = 1.0
 
 
 class Timed(NamedTuple):
     """An input and when it came, for cells whose memory fades with time and not with the number of events."""
 
-    time: Int[Array, ""] | int
+    time: Int[ArrayLike, ""]
     """Whole seconds since the start of the stream."""
     x: PyTree
 
@@ -64,7 +65,7 @@ class Decision(NamedTuple):
     """What a `Policy` chose. It travels unchanged to `Policy.learn`, possibly much later."""
 
     action: PyTree
-    logp: Float[Array, ""] | float = 0.0
+    logp: Float[ArrayLike, ""] = 0.0
     """Log-probability with which the action was drawn; 0 for a deterministic choice."""
     aux: PyTree = ()
 
@@ -72,14 +73,14 @@ class Decision(NamedTuple):
 class Feedback(NamedTuple):
     """What the world answered to a `Decision`."""
 
-    reward: Float[Array, ""] | float
+    reward: Float[ArrayLike, ""]
     cost: Shaped[Array, " m"] | tuple = ()
     """Consumption of m resources, or the values of m constraints; negative is replenished."""
     x: PyTree = ()
     """The next observation."""
-    terminal: Bool[Array, ""] | bool = False
+    terminal: Bool[ArrayLike, ""] = False
     """The true end of an episode: nothing follows, do not bootstrap."""
-    truncated: Bool[Array, ""] | bool = False
+    truncated: Bool[ArrayLike, ""] = False
     """Cut by a time limit: bootstrap from `info["last_x"]`."""
     info: PyTree = ()
     """Whatever else this feedback model reveals."""
@@ -152,7 +153,7 @@ class Learner(Cell):
         """The answer for `x` with what has been learned so far."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `predict`")
 
-    def learn(self, state: State, x: Any, target: Any, weight: Float[Array, ""] | float = 1.0) -> State:
+    def learn(self, state: State, x: Any, target: Any, weight: Float[ArrayLike, ""] = 1.0) -> State:
         """The state after being told that the answer for `x` was `target`."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `learn`")
 
@@ -197,7 +198,7 @@ class Env(Cell):
         raise NotImplementedError(f"{type(self).__name__} knows no expected rewards")
 
 
-def select(pred: Bool[Array, ""] | bool, yes: T, no: T) -> T:
+def select(pred: Bool[ArrayLike, ""], yes: T, no: T) -> T:
     """`yes` where `pred`, else `no`, for two pytrees of equal structure."""
     return jax.tree.map(lambda a, b: jnp.where(pred, a, b), yes, no)
 

@@ -56,15 +56,17 @@ def run(
             found = made.compare(progress=not as_json)
     except (ConfigError, FileNotFoundError) as error:
         _fail(error)
+    from anabranch.run import report as reports
+
     report = None
     try:
-        from anabranch.run import report as reports
-
         report = reports.write(made, summary, found)
     except ImportError as error:
         console.print(f"no report: {error}")
     if as_json:
-        print(json.dumps({**summary._asdict(), "peers": found, "report": str(report) if report else None}, default=float))
+        print(
+            json.dumps({**summary._asdict(), "peers": found, "report": str(report) if report else None}, default=float)
+        )
         return
     print(
         f"{summary.events:,} events in {summary.seconds:.1f} s ({summary.events_per_s:,.0f} events/s), "
@@ -78,7 +80,10 @@ def run(
             table.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row, style="bold" if row[1] == config.name else None)
-        Console(width=max(100, Console().width)).print(table)
+        wide = Console()
+        Console(width=max(wide.width, wide.measure(table, options=wide.options.update(width=1000)).maximum)).print(
+            table
+        )
     print(f"outputs: {made.out}" + (f", report: {report}" if report else ""))
 
 

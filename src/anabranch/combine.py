@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from anabranch.branch import branch, due
@@ -378,7 +379,7 @@ class Every(Cell):
 class Outcome(NamedTuple):
     """How the decision with this ticket went."""
 
-    ticket: Int[Array, ""] | int
+    ticket: Int[ArrayLike, ""]
     feedback: Feedback
 
 

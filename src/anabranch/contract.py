@@ -381,7 +381,7 @@ class _Trial:
         checked = []
         if size >= 2:
             state = self.cell.init(key=self.key)
-            advance = lambda xs: self.advance(copy.deepcopy(state) if self.cell.host else state, xs)[1]  # noqa: E731
+            advance = lambda xs: self.advance(copy.deepcopy(state) if self.cell.host else state, xs)[1]
             checked.append((f"advance by {size}", advance, self.block(0, size), size, 0))
         if not self.cell.host and self.own("offline"):
             checked.append(("offline", self.offline, self.xs, self.steps, self.cell.delay))
@@ -450,7 +450,7 @@ class _Trial:
             if "Reverse-mode differentiation does not work" not in str(error):
                 raise
             mode, reason = "forward", "forward mode only: reverse mode cannot pass a loop of unknown length"
-            evaluate = lambda diff: push(diff, toward)[2]  # noqa: E731
+            evaluate = lambda diff: push(diff, toward)[2]
             push = jax.jit(lambda diff, toward: jax.jvp(lambda d: total(d, fixed), (diff,), (toward,), has_aux=True))
             _, tangent, leaves = push(point, toward)
             flat, slope = [np.asarray(tangent, np.float64)], float(tangent)

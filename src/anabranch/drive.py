@@ -32,7 +32,9 @@ def _batch(cell: Cell, state: State, xs: PyTree) -> tuple[State, PyTree]:
 def _length(xs: PyTree) -> int:
     lengths = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(xs)}
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(f"all inputs need one leading time axis of the same length, got lengths {sorted(map(str, lengths))}")
+        raise ValueError(
+            f"all inputs need one leading time axis of one length, got {sorted(map(str, lengths))}"
+        )
     return lengths.pop() or 0
 
 
@@ -40,7 +42,9 @@ def _fresh(cell: Cell, state: State | None, key: PRNGKeyArray | None) -> State:
     return cell.init(key=jax.random.PRNGKey(0) if key is None else key) if state is None else state
 
 
-def scan(cell: Cell, xs: PyTree, state: State | None = None, *, key: PRNGKeyArray | None = None) -> tuple[State, PyTree]:
+def scan(
+    cell: Cell, xs: PyTree, state: State | None = None, *, key: PRNGKeyArray | None = None
+) -> tuple[State, PyTree]:
     """Step through `xs` (stacked on a leading time axis) in one compiled call.
 
     Compiles once per length; for many lengths use `replay`.
@@ -60,7 +64,9 @@ def scan(cell: Cell, xs: PyTree, state: State | None = None, *, key: PRNGKeyArra
     return _scan(cell, state, xs)
 
 
-def batch(cell: Cell, xs: PyTree, state: State | None = None, *, key: PRNGKeyArray | None = None) -> tuple[State, PyTree]:
+def batch(
+    cell: Cell, xs: PyTree, state: State | None = None, *, key: PRNGKeyArray | None = None
+) -> tuple[State, PyTree]:
     """Many streams side by side: `xs` has the axes (streams, time, …). Each stream has its own state and random key.
 
         >>> from anabranch.combine import Delay
@@ -212,8 +218,8 @@ class Tick(NamedTuple):
     """One round of a policy in a world."""
 
     x: PyTree
-    decision: Decision
-    feedback: Feedback
+    decision: Decision | tuple[Decision, ...]
+    feedback: Feedback | tuple[Feedback, ...]
 
 
 class PlayResult(NamedTuple):

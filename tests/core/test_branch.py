@@ -60,7 +60,9 @@ def test_nested_vmap(data, outer):
     np.testing.assert_allclose(nest(ours), nest(both), atol=1e-5)
 
 
-@pytest.mark.parametrize("order", ["plain", "grad of vmap", "vmap of grad", "grad of nested", "grad of scan of vmap", "jit"])
+@pytest.mark.parametrize(
+    "order", ["plain", "grad of vmap", "vmap of grad", "grad of nested", "grad of scan of vmap", "jit"]
+)
 def test_gradients(data, order):
     p, x, w = data
 

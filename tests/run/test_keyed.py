@@ -57,7 +57,11 @@ def sequential(keys, xs):
 
 def stream(n, keys, skew, seed=0):
     rng = np.random.default_rng(seed)
-    draw = {"uniform": rng.integers(0, keys, n), "zipf": np.minimum(rng.zipf(1.5, n), keys) - 1, "one": np.zeros(n, int)}
+    draw = {
+        "uniform": rng.integers(0, keys, n),
+        "zipf": np.minimum(rng.zipf(1.5, n), keys) - 1,
+        "one": np.zeros(n, int),
+    }
     return draw[skew], rng.normal(size=(n, D)).astype(np.float32)
 
 

@@ -244,7 +244,12 @@ def test_labels_as_rows_of_their_own(whole, rows, tmp_path):
     stream = [row for *_, row in sorted(ordered, key=lambda e: e[:3])]
     stream.append({"id": 10**6, "time": stream[-1]["time"], "fraud": 1})
     stream.append({**stream[-2], "time": stream[-1]["time"]})
-    text = path.read_text().replace('time = "known"', 'id = "id"').replace("expire = 900\n", "").replace("pending = 500", "pending = 9999")
+    text = (
+        path.read_text()
+        .replace('time = "known"', 'id = "id"')
+        .replace("expire = 900\n", "")
+        .replace("pending = 500", "pending = 9999")
+    )
     changed = path.with_name("ids.toml")
     changed.write_text(text.replace("lateness = 30", "lateness = 0"))
     config = read(changed).model_copy(update={"out": tmp_path / "out"})

@@ -358,3 +358,14 @@ class PaymentSimulator(Env):
         reward = state.reward.at[slot].set(jnp.where(made, coming, state.reward[slot]))
         new = SimulatorState(state.event + 1, reward, state.key)
         return new, Feedback(jnp.where(made, coming, 0.0), truncated=new.event >= self.order.shape[0])
+
+
+def example() -> tuple[PaymentRouter, Ask]:
+    """A router of three processors, and 40 events: transactions, and outcomes that come five events later."""
+    n, k = 40, 3
+    rng = np.random.default_rng(0)
+    never = np.zeros(n, bool)
+    rewards = rng.integers(0, 2, n).astype(np.float32)
+    outcome = Outcome(np.arange(n, dtype=np.int32) - 5, Feedback(rewards, terminal=never, truncated=never))
+    x = Maybe(rng.uniform(size=(n, k)) < 0.8, rng.uniform(size=n) < 0.9)
+    return PaymentRouter(DiscountedUCB(k), capacity=8), Ask(x, Maybe(outcome, np.arange(n) > 5))

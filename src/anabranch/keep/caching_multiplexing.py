@@ -336,3 +336,12 @@ def optimum(p: np.ndarray, cost: np.ndarray, capacity: int) -> tuple[np.ndarray,
     cached = np.zeros(len(p), bool)
     cached[np.argsort(-saved, kind="stable")[:capacity]] = True
     return cached, model, float(saved[~cached].sum())
+
+
+def example() -> tuple[CachedMultiplexer, Query]:
+    """Four cached answers before two models, and 60 requests for twelve queries."""
+    rng = np.random.default_rng(0)
+    key = np.minimum(rng.zipf(1.4, 60), 12).astype(np.uint32)
+    cost = rng.uniform(0.5, 1.5, (60, 2)).astype(np.float32) * np.array([1, 10], np.float32)
+    cell = CachedMultiplexer(LEC(4, decay=0.99), Multiplexer(explore=0.1))
+    return cell, Query(jnp.asarray(key), jnp.asarray(cost), jnp.asarray(rng.uniform(size=60) < 0.7))

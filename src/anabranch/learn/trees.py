@@ -33,7 +33,7 @@ HALVE = 2.0**22  # float32 counts stop growing at 2^24
 
 
 class Leaf(NamedTuple):
-    """What is held of one leaf, or of all slots: C classes, F watched features, R = 5 rows (or 1 + n_values if more)."""
+    """What is held of one leaf, or of all slots: C classes, F watched features, R = 5 rows (or 1 + n_values)."""
 
     weight: Float[Array, "*S C"]
     """Weight by class, including what was inherited at the split."""
@@ -117,9 +117,9 @@ class HoeffdingTree(Learner):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from anabranch import Event, Maybe
-        >>> tree = HoeffdingTree(D=1, C=2, max_leaves=4)
-        >>> x = jax.random.uniform(jax.random.PRNGKey(0), (1000, 1))
-        >>> events = Event(x, Maybe((x[:, 0] > 0.5).astype(int), jnp.ones(1000, bool)), jnp.ones(1000))
+        >>> tree = HoeffdingTree(D=2, C=2, max_leaves=4)
+        >>> x = jax.random.uniform(jax.random.PRNGKey(0), (600, 2))
+        >>> events = Event(x, Maybe((x[:, 0] > 0.5).astype(int), jnp.ones(600, bool)), jnp.ones(600))
         >>> state, scores = jax.lax.scan(tree.step, tree.init(), events)
         >>> int(state.n_leaves[0]), int(state.feature[0]), bool(0.4 < state.threshold[0] < 0.6)
         (2, 0, True)
@@ -282,7 +282,9 @@ class HoeffdingTree(Learner):
         def descend(node):
             feature, threshold, left = trees.feature[node], trees.threshold[node], trees.child[node]
             value = x[feature]
-            right = jnp.where(nominal[feature], value != threshold, value > threshold) if self.nominal else value > threshold
+            right = value > threshold
+            if self.nominal:
+                right = jnp.where(nominal[feature], value != threshold, right)
             if self.missing:
                 right = branch(
                     ~self._known(value, feature),
@@ -374,7 +376,7 @@ class HoeffdingTree(Learner):
 
     def _attempt(self, leaf: Leaf, full, drawn, key) -> Attempt:
         """Split the leaf if its best test leads by more than the Hoeffding bound."""
-        C, total = self.C, leaf.weight.sum()
+        total = leaf.weight.sum()
         present = (leaf.weight > 0).sum()
         pure = leaf.weight.max() / total > self.max_share
         merit, threshold, left, right = self._candidates(leaf)  # best of each feature
@@ -402,7 +404,7 @@ class HoeffdingTree(Learner):
         )
         index, watched = best.astype(jnp.int32), (None, None)
         if leaf.watched is not None:
-            index, watched = leaf.watched[best], (self._draw(key, drawn), self._draw(key, drawn + 1))
+            index, watched = leaf.watched[best], jax.vmap(lambda i: self._draw(key, i))(drawn + jnp.arange(2))
         child = Leaf(left[:, best], jnp.zeros_like(leaf.stats), jnp.zeros_like(leaf.tally), watched[0])
         return Attempt(
             split, wanted & full, index, threshold[best], select(split, child, kept), right[:, best], watched[1]
@@ -438,14 +440,15 @@ class HoeffdingTree(Learner):
         merit = _entropy(leaf.weight) - (mass * _entropy(sides, 2)).sum(0) / both
         merit = jnp.where(legal & (mass > self.min_branch * both).all(0), merit, -jnp.inf)
         best = jnp.argmax(merit, axis=0)
-        pick = lambda a: jnp.take_along_axis(a, jnp.expand_dims(best, tuple(range(a.ndim - 1))), 0)[0]  # noqa: E731
+        pick = lambda a: jnp.take_along_axis(a, jnp.expand_dims(best, tuple(range(a.ndim - 1))), 0)[0]
         return pick(merit), pick(threshold), pick(left), pick(right)
 
     def _draw(self, key, index) -> Int[Array, " F"]:
         """The features that a leaf watches: those with the least of D random numbers."""
         u = jax.random.uniform(noise(key, index, "subspace"), (self.D,))
         i = jnp.arange(self.D)
-        rank = ((u < u[:, None]) | ((u == u[:, None]) & (i < i[:, None]))).sum(1)  # a sort would slow the loop around it
+        # Not sorted: a sort anywhere in it keeps XLA from compiling the loop over events as one function.
+        rank = ((u < u[:, None]) | ((u == u[:, None]) & (i < i[:, None]))).sum(1)
         return jnp.argmax(rank == jnp.arange(self.subspace)[:, None], axis=1).astype(jnp.int32)
 
 
@@ -524,7 +527,7 @@ class AdaptiveForest(Learner):
         if key is None:
             raise ValueError("a forest is random: init needs a key")
         n = self.n_models
-        stacked = lambda state: jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape)), state)  # noqa: E731
+        stacked = lambda state: jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape)), state)
         return Forest(
             trees=self.tree.plant(2 * n, key=noise(key, 0, "trees")),
             voting=jnp.arange(n, dtype=jnp.int32),
@@ -561,17 +564,20 @@ class AdaptiveForest(Learner):
             """Predict with voting tree i, let it learn, and replace it if need be."""
             state, scores = carry
             voting, spare, fed = state.voting[i], state.spare[i], k[i] > 0
-            trees, score = self.tree.update(state.trees, features, y, k[i], learns, voting)
-            # Loops of one turn or none: where there is nothing to do, the trees stay where they are.
-            trees = _if(
-                state.growing[i] & fed, lambda t: self.tree.update(t, features, y, k[i], learns, spare)[0], trees
-            )
+
+            def update(j, carry):
+                trees, score = carry
+                trees, new = self.tree.update(trees, features, y, k[i], learns, jnp.where(j == 0, voting, spare))
+                return trees, jnp.where(j == 0, new, score)
+
+            turns = 1 + (state.growing[i] & fed).astype(jnp.int32)
+            trees, score = lax.fori_loop(0, turns, update, (state.trees, jnp.zeros(self.tree.C)))
             right = jnp.argmax(score) == y
             warn, warned = self._watch(self.warn, _read(state.warn, i), ~right, fed)
             drift, drifted = self._watch(self.drift, _read(state.drift, i), ~right, fed)
             growing = state.growing[i] | warned
             swap = drifted & growing
-            trees = _if(
+            trees = when(
                 warned | (drifted & ~growing), lambda t: self.tree.clear(t, jnp.where(warned, spare, voting)), trees
             )
             state = state._replace(
@@ -626,8 +632,8 @@ def _apart(leaf: Leaf, slot: Int[Array, ""]) -> Leaf:
     return lax.while_loop(lambda c: c[0], lambda c: (never, select(never, _zeros(leaf), c[1])), (~never, leaf))[1]
 
 
-def _if(pred: Any, f: Callable, state: Any) -> Any:
-    """`f(state)` where `pred`. A loop updates its state in place, which a `lax.cond` does not promise."""
+def when(pred: Any, f: Callable, state: Any) -> Any:
+    """`f(state)` if `pred`, else `state`: a loop of one turn or none, which updates in place where `lax.cond` copies."""
     return lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), f(c[1])), (pred, state))[1]
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline file may say. A key that is not here, a wrong type or a missing file is an error that names the place."""
+"""What a pipeline file may say. An unknown key, a wrong type or a missing file is an error that names the place."""
 
 import importlib
 import os
@@ -67,7 +67,9 @@ class LabelConfig(Section):
     @model_validator(mode="after")
     def _one_way(self):
         if self.time is not None and self.id is not None:
-            raise ValueError("a label has either a time (it is in the row of its event) or an id (it is a row of its own)")
+            raise ValueError(
+                "a label has either a time (it is in its event's row) or an id (it is a row of its own)"
+            )
         return self
 
 
@@ -139,7 +141,7 @@ class PipelineConfig(Section):
     label: LabelConfig | None = None
     stage: list[StageConfig] = Field(min_length=1)
     sink: SinkConfig = SinkConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig.model_validate({}))
     report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")

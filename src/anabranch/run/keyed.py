@@ -11,6 +11,7 @@ Keys beyond `capacity` spill, least recently used first, to host memory and then
 """
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Hashable, Sequence
@@ -78,7 +79,9 @@ class Keyed:
         folder: str | Path | None = None,
     ):
         if cell.coupled:
-            raise ValueError(f"{type(cell).__name__} is coupled: its rows depend on each other and have no state of their own")
+            raise ValueError(
+                f"{type(cell).__name__} is coupled: its rows have no states of their own"
+            )
         if capacity < 1:
             raise ValueError(f"capacity must be positive, got {capacity}")
         if form not in (None, "loop", "waves"):
@@ -200,7 +203,7 @@ class Keyed:
         bounds = np.flatnonzero(np.r_[True, np.diff(turn[by_turn]) != 0, True])
         rows_of = -(-self.capacity // self._shards)
         out: PyTree = None
-        for a, b in zip(bounds[:-1], bounds[1:]):
+        for a, b in itertools.pairwise(bounds):
             for at in range(a, b, WIDTHS[-1]):
                 events = by_turn[at : min(at + WIDTHS[-1], b)]
                 width = next(w for w in WIDTHS if w >= len(events))
@@ -360,7 +363,9 @@ class Keyed:
             ValueError: if the rows are not states of this cell.
         """
         if saved.rows.ndim != 2 or saved.rows.shape[1] != self._packing.words:
-            raise ValueError(f"a state of this cell has {self._packing.words} words, the saved rows have shape {saved.rows.shape}")
+            raise ValueError(
+                f"a state of this cell has {self._packing.words} words, the rows have shape {saved.rows.shape}"
+            )
         step = min(self.capacity, SIZES[-1])
         for start in range(0, len(saved.keys), step):
             keys = saved.keys[start : start + step]
@@ -475,8 +480,8 @@ def _loop_over(call, rows):
 
     read = lambda rows, i: jax.lax.dynamic_slice(rows, (slots[i], 0), (1, packing.words))[0]
 
-    # The row of the next event is read at the end of a turn, from the rows as they are then, and carried over: read where
-    # it is used, XLA would fuse the read into its uses, see rows both read and written, and copy all of them each turn.
+    # The row of the next event is read at the end of a turn, from the rows as they are then, and carried over. Read
+    # where it is used, XLA would fuse the read into its uses, see rows both read and written, and copy all of them.
     def body(i, carry):
         rows, row, ys = carry
         state, y = cell.step(packing.unpack(row), at(order[i]))
@@ -518,7 +523,7 @@ def _put(rows, slots, new):
 
 
 def _flops(cell: Cell, x: PyTree) -> float:
-    step = eqx.filter_jit(lambda cell, state, x: cell.step(state, x))
+    step: Any = eqx.filter_jit(lambda cell, state, x: cell.step(state, x))
     compiled = step.lower(cell, cell.init(key=jax.random.PRNGKey(0)), x).compile()
     analysis = compiled.compiled.cost_analysis() or {}
     return float(analysis.get("flops", 0.0))

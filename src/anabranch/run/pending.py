@@ -72,7 +72,7 @@ class Pending:
                 values[:] = other[name].to_pylist()
                 self.put(name, slots, values)
         if "id" in self.columns:
-            self.by_id = {self.columns["id"][s]: s for s in slots.tolist()}
+            self.by_id = dict(zip(self.columns["id"][slots].tolist(), slots.tolist()))
 
 
 def _longer(column: np.ndarray, size: int) -> np.ndarray:

@@ -85,7 +85,9 @@ class Pipeline:
             widths[stage.name] = self._width(i, cell, stage, features)
             self.stages.append(Stage(stage, cell, config.seed))
         self._peers = [resolve(name, folder, f"report.peers[{i}]") for i, name in enumerate(config.report.peers)]
-        self._call = resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
+        self._call = (
+            resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
+        )
         self._reset()
 
     def _cell(self, i: int, config, features: int) -> Cell:
@@ -172,9 +174,14 @@ class Pipeline:
     def _run(self, limit: int | None, progress: bool) -> None:
         begin = time.perf_counter()
         with Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), console=Console(stderr=True), disable=not progress,
-        ) as bar:  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not progress,
+        ) as bar:
             self._stream(limit, bar, begin)
         self.seconds += time.perf_counter() - begin
         self._checkpoint(finished=True)
@@ -229,7 +236,9 @@ class Pipeline:
                 break
             if limit is not None:
                 keep = block.rows < limit
-                block = Block(block.table.filter(pa.array(keep)), block.rows[keep], [b for b in block.bad if b.row < limit])
+                block = Block(
+                    block.table.filter(pa.array(keep)), block.rows[keep], [b for b in block.bad if b.row < limit]
+                )
             rows, bad = self.typed(block)
             rows, late = self.ordered(rows)
             self._bury(bad + late)
@@ -346,7 +355,7 @@ class Pipeline:
         return [name for name in dict.fromkeys((report.by, report.worst)) if name is not None]
 
     def _tells(self, told: pa.Table | None, now: float):
-        """Open predictions whose label is known at `now`: slots, times, whether before the questions of that time, order."""
+        """Open predictions whose label is known at `now`: slots, times, whether they precede questions, order."""
         pending, label = self.pending, self.config.label
         if label is None:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool), np.zeros(0)
@@ -381,12 +390,18 @@ class Pipeline:
         for stage in self.stages:
             parts = []
             for name in stage.config.inputs:
-                part = outputs[name] if name in outputs else rows[name].to_numpy()[:, None] if rows is not None else None
+                part = (
+                    outputs[name] if name in outputs else rows[name].to_numpy()[:, None] if rows is not None else None
+                )
                 if part is not None:
                     parts.append(part)
             memo = "x:" + stage.name
             if len(ask_slots):
-                x = np.concatenate(parts, axis=1, dtype=np.float32) if parts else np.zeros((len(ask_slots), 0), np.float32)
+                x = (
+                    np.concatenate(parts, axis=1, dtype=np.float32)
+                    if parts
+                    else np.zeros((len(ask_slots), 0), np.float32)
+                )
                 pending.put(memo, ask_slots, x)
             x = pending[memo][slot]
             if label is not None:
@@ -395,7 +410,9 @@ class Pipeline:
                 target = np.stack(columns, axis=1) if names else columns[0]
                 dtype = np.int32 if self.kind == "classes" and not names else np.float32
                 hidden = is_tell if target.ndim == 1 else is_tell[:, None]
-                target = np.where(hidden, target, 0).astype(dtype)  # not even as padding may a stage see it before its time
+                target = np.where(hidden, target, 0).astype(
+                    dtype
+                )  # not even as padding may a stage see it before its time
             else:
                 target = np.zeros(len(slot), np.float32)
             given: Any = x
@@ -406,9 +423,7 @@ class Pipeline:
             keys = pa.array(pending["key:" + stage.key][slot]) if stage.key is not None else [0] * len(slot)
             answer = stage.keyed(keys, event)
             answer = jax.tree.map(lambda leaf: _in_order(leaf[asks], ask_order), answer)
-            outputs[stage.name] = np.concatenate(
-                [_flat(leaf) for leaf in jax.tree.leaves(answer)], axis=1
-            )
+            outputs[stage.name] = np.concatenate([_flat(leaf) for leaf in jax.tree.leaves(answer)], axis=1)
         return answer
 
     # What goes out
@@ -442,7 +457,9 @@ class Pipeline:
         if worst is None:
             return
         p = np.clip(prediction, 1e-15, 1 - 1e-15)
-        loss = -(target * np.log(p) + (1 - target) * np.log1p(-p)) if self.kind == "binary" else (target - prediction) ** 2
+        loss = (
+            -(target * np.log(p) + (1 - target) * np.log1p(-p)) if self.kind == "binary" else (target - prediction) ** 2
+        )
         names, code = np.unique(shown[worst].astype(str), return_inverse=True)
         for i, name in enumerate(names.tolist()):
             if name in self.values or len(self.values) < 10_000:
@@ -491,7 +508,9 @@ class Pipeline:
             return False
         arrays, meta = chain[-1]
         if meta["pipeline"] != self._fingerprint():
-            raise ConfigError(f"{self.out}: the checkpoints there are of a pipeline with other stages or another source")
+            raise ConfigError(
+                f"{self.out}: the checkpoints there are of a pipeline with other stages or another source"
+            )
         for link, _ in chain:
             for stage in self.stages:
                 saved: Any = link[f"stage/{stage.name}"]

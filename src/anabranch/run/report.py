@@ -14,13 +14,15 @@ from anabranch.run.pipeline import Pipeline, Summary
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#333333")
 METRICS = {
     "n": ("events", "{:,}"), "base_rate": ("base rate", "{:.3f}"), "log_loss": ("log loss", "{:.4f}"),
-    "auc": ("AUC", "{:.4f}"), "accuracy": ("accuracy", "{:.4f}"), "calibration_error": ("calibration error", "{:.4f}"),
+    "auc": ("AUC", "{:.4f}"), "accuracy": ("accuracy", "{:.4f}"), "calibration_error": ("cal. error", "{:.4f}"),
     "rmse": ("RMSE", "{:.4f}"), "mae": ("MAE", "{:.4f}"),
 }  # fmt: skip
 """What each score is called, and how it is written."""
 
 
-def table(summary: Summary, peers: dict[str, dict[str, dict[str, Any]]], name: str) -> tuple[list[str], list[list[str]]]:
+def table(
+    summary: Summary, peers: dict[str, dict[str, dict[str, Any]]], name: str
+) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of scores: for each group, ours and each peer's."""
     columns = [m for m in METRICS if any(m in scores for scores in summary.metrics.values())]
     rows = []
@@ -71,7 +73,11 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
                 ax.plot(when, [v for _, v in points], color=colour[group], label=group, lw=1.6)
             ax.set_ylabel(label)
         axes[0, 0].legend(frameon=False, ncols=4, loc="lower left")
-        add("Quality over time", figure, "Windows of seven days of event time, by the time at which the question was asked.")
+        add(
+            "Quality over time",
+            figure,
+            "Windows of seven days of event time, by the time at which the question was asked.",
+        )
     if binary and pipeline.scores:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=[1, 1.2])
         left.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
@@ -79,11 +85,17 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
             count, mean, rate = pipeline.scores[group].calibration()
             some = count > 0
             left.plot(mean[some], rate[some], marker="o", ms=4, color=colour[group], label=group, lw=1.4)
-            right.step(np.linspace(0, 1, len(count), endpoint=False), count, where="post", color=colour[group], label=group)
+            right.step(
+                np.linspace(0, 1, len(count), endpoint=False), count, where="post", color=colour[group], label=group
+            )
         left.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(0, 1))
         right.set(xlabel="predicted probability", ylabel="events", yscale="log")
         left.legend(frameon=False)
-        add("Calibration", figure, "On the dashed line, of the events predicted with probability p a share of p came true.")
+        add(
+            "Calibration",
+            figure,
+            "On the dashed line, of the events predicted with probability p a share of p came true.",
+        )
     worst = pipeline.config.report.worst
     if worst and pipeline.values:
         names = [n for n, v in pipeline.values.items() if v[0] >= 200]
@@ -101,7 +113,9 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
     if len(pipeline.pace) > 1:
         seconds, events, memory = np.array(pipeline.pace).T
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
-        left.plot(events[1:] / 1e3, np.diff(events) / np.maximum(np.diff(seconds), 1e-9) / 1e3, color=COLOURS[0], lw=1.2)
+        left.plot(
+            events[1:] / 1e3, np.diff(events) / np.maximum(np.diff(seconds), 1e-9) / 1e3, color=COLOURS[0], lw=1.2
+        )
         left.set(xlabel="thousand events", ylabel="thousand events/s", ylim=(0, None))
         right.plot(events / 1e3, memory / 2**20, color=COLOURS[2], lw=1.6)
         right.set(xlabel="thousand events", ylabel="resident memory, MiB", ylim=(0, None))
@@ -115,21 +129,24 @@ def _page(pipeline: Pipeline, summary: Summary, scores, sections) -> str:
     head, rows = scores
     e = html.escape
     facts = {
-        "events": f"{summary.events:,}", "events/s": f"{summary.events_per_s:,.0f}", "seconds": f"{summary.seconds:.1f}",
-        "keys": f"{sum(summary.keys.values()):,}", "dead letters": f"{summary.dead_letters:,}",
+        "events": f"{summary.events:,}", "events/s": f"{summary.events_per_s:,.0f}",
+        "seconds": f"{summary.seconds:.1f}", "keys": f"{sum(summary.keys.values()):,}", "dead letters": f"{summary.dead_letters:,}",
         **{f"labels {name}": f"{count:,}" for name, count in summary.labels.items() if count},
     }  # fmt: skip
     cells = "".join(f"<div><b>{e(v)}</b><span>{e(k)}</span></div>" for k, v in facts.items())
     ours = pipeline.config.name
     body = "".join(
-        f"<tr{' class=ours' if row[1] == ours else ''}>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>" for row in rows
+        f"<tr{' class=ours' if row[1] == ours else ''}>" + "".join(f"<td>{e(c)}</td>" for c in row) + "</tr>"
+        for row in rows
     )
     stages = "".join(
         f"<tr><td>{e(s.name)}</td><td>{e(', '.join(s.config.columns) or 'shared')}</td><td>{e(s.config.cell)}</td>"
         f"<td>{len(s.keyed):,}</td><td>{s.keyed.nbytes / 2**20:.1f} MiB</td></tr>"
         for s in pipeline.stages
     )
-    plots = "".join(f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(note)}</figcaption></figure>" for title, svg, note in sections)
+    plots = "".join(
+        f"<h2>{e(title)}</h2><figure>{svg}<figcaption>{e(note)}</figcaption></figure>" for title, svg, note in sections
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{e(ours)}: report</title>

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from anabranch.run.config import ConfigError, PipelineConfig
 from anabranch.run.source import Bad, Block
+
+pc: Any = pyarrow.compute  # its functions are made at run time, where no type checker sees them
 
 ROW, TIME, DUE, LABEL, ID = "#row", "#time", "#due", "#label", "#id"
 """Columns of typed rows that are not columns of the source."""
@@ -90,7 +92,9 @@ class Typed:
                 refuse(_nulls(table[name]) & asks, lambda i, name=name: f"{name}: empty, and it is a key")
             parts = [table[name] for name in key]
             columns[key_column(key)] = (
-                parts[0] if len(parts) == 1 else pc.binary_join_element_wise(*(pc.cast(p, pa.string()) for p in parts), "|")
+                parts[0]
+                if len(parts) == 1
+                else pc.binary_join_element_wise(*(pc.cast(p, pa.string()) for p in parts), "|")
             )
         for name in self.shown:
             columns.setdefault(name, table[name])

@@ -1,20 +1,18 @@
 """Scores of a stream in bounded memory: they can be added, saved, and read at any time."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-Kind = Literal["binary", "classes", "value"]
-
 
 class Scores:
-    """Log loss, AUC, accuracy and calibration of binary predictions; accuracy of classes; errors of real values.
+    """Of `binary` predictions log loss, AUC, accuracy, calibration; of `classes` accuracy; of a real `value` errors.
 
     Binary predictions are counted in `bins` equal bins, from which the AUC follows to within 1 / bins; with the default
     it agrees with the exact one to three digits.
     """
 
-    def __init__(self, kind: Kind = "binary", bins: int = 4096):
+    def __init__(self, kind: str = "binary", bins: int = 4096):
         self.kind, self.bins = kind, bins
         self.sums = np.zeros(5)  # n, loss (log loss or squared error), correct or absolute error, targets, predictions
         self.hist = np.zeros((2, bins if kind == "binary" else 0), np.int64)
@@ -64,7 +62,7 @@ class Scores:
 
     def value(self) -> dict[str, Any]:
         """All scores by name."""
-        n, loss, right, targets, predictions = self.sums
+        n, loss, right, targets = self.sums[:4]
         if not n:
             return {"n": 0}
         if self.kind == "classes":
@@ -93,7 +91,7 @@ class Scores:
 class Series:
     """Scores over time, in at most `most` buckets; when there are more, neighbours merge."""
 
-    def __init__(self, kind: Kind = "binary", width: float = 86_400.0, most: int = 512):
+    def __init__(self, kind: str = "binary", width: float = 86_400.0, most: int = 512):
         self.kind, self.width, self.most = kind, width, most
         self.buckets: dict[int, Scores] = {}
 

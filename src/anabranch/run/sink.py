@@ -37,7 +37,7 @@ def _sync(path: Path) -> None:
 
 
 class ParquetSink:
-    """A folder of Parquet files, read as one data set (`pyarrow.parquet.read_table`). A position is a number of files."""
+    """A folder of Parquet files, read as one (`pyarrow.parquet.read_table`). A position is a number of files."""
 
     def __init__(self, path: Path):
         self.folder = path

@@ -4,7 +4,7 @@ import csv as csv_module
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ class Block(NamedTuple):
 def tables(source: Iterable | pa.Table) -> Iterator[Block]:
     """Rows from a Table, or from an iterable of Tables, record batches or dicts."""
     if isinstance(source, (pa.Table, pa.RecordBatch)):
-        source = [source]
+        source = cast(Iterable, [source])
     first, held = 0, []
     for item in source:
         if isinstance(item, pa.RecordBatch):
@@ -123,7 +123,9 @@ def _records(rows: list[dict], first: int, numbers: list[int] | None = None, bad
         try:
             columns[name] = pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError):  # mixed types: text, and a stage that wants numbers will say which
-            columns[name] = pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values])
+            columns[name] = pa.array(
+                [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+            )
     at = np.arange(first, first + len(rows)) if numbers is None else np.array(numbers, np.int64)
     return Block(pa.table(columns), at, bad or [])
 

@@ -1,0 +1,512 @@
+"""`Keyed` against what people write today: one standardisation and logistic regression for each key of a stream.
+
+Every comparison runs on the same events in the same process minute, ours and theirs in turn, and stops if the predictions
+differ by 1e-3. Medians of five repeats.
+
+* skew: events a second for keys that are uniform, Zipf(1.2), Zipf(1.5) and all one, against a dictionary of River models,
+  a dictionary of NumPy states, Bytewax and Pathway (on a prefix of the events), and a compiled sequential loop.
+* spill: a million keys with room for a tenth of them.
+* growth: events a second, and bytes of state, as the stream gets longer.
+* `--checkpoints`: a million keys, saved every ten seconds.
+* `--forms`: a step in the `loop` and the `waves` form, for cells with more and more arithmetic and state.
+
+`python bench/keyed.py [--smoke] [--checkpoints | --forms] [--peer-python PYTHON]`; PYTHON has bytewax and pathway. Writes
+`bench/results/keyed.json` and `.png`, and `keyed_checkpoints.json` or `keyed_forms.json`.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import keyed_peers as peers
+import numpy as np
+import optax
+from common import RESULTS, in_turn, ratio, resident, spread, timed, write
+from keyed_peers import Stream
+
+from anabranch.cell import Cell, Event, Maybe
+from anabranch.learn.linear import LogisticRegression, Scaled
+from anabranch.run.checkpoint import Checkpoints, pack_keys
+from anabranch.run.keyed import Keyed, _flops
+
+FEATURES = 16
+CELL = Scaled(LogisticRegression(FEATURES, optax.sgd(peers.LR), intercept_lr=peers.INTERCEPT_LR))
+PACKAGES = ("anabranch", "jax", "equinox", "numpy", "pyarrow", "river", "numba")
+KEYS = {"uniform": 0.0, "zipf 1.2": 1.2, "zipf 1.5": 1.5, "one key": None}
+
+
+class Sizes(NamedTuple):
+    keys: int = 4_000
+    events: int = 400_000
+    prefix: int = 20_000
+    """Events that the slow peers are shown."""
+    many: int = 1_000_000
+    """Keys of the spill and the checkpoints."""
+    segment: int = 200_000
+    """Events of one measurement there."""
+    lengths: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    every: float = 10.0
+    """Seconds between checkpoints."""
+    repeats: int = 5
+    hidden: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256, 512)
+    words: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+
+
+FULL = Sizes()
+SMOKE = Sizes(400, 10_000, 1_000, 4_000, 2_000, (1_000, 10_000), 0.2, 2, (4, 32), (16, 256))
+
+
+def draw(rng: np.random.Generator, keys: int, n: int, skew: float | None) -> np.ndarray:
+    """Keys of n events: the k-th most frequent of them in proportion to k ** -skew, or all one."""
+    if skew is None:
+        return np.zeros(n, np.int64)
+    weight = np.arange(1, keys + 1) ** -skew
+    return rng.permutation(keys)[np.searchsorted(np.cumsum(weight / weight.sum()), rng.random(n)).clip(max=keys - 1)]
+
+
+def make(keys: np.ndarray, count: int, seed: int = 0) -> Stream:
+    """Events of linear models that differ from key to key."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(count, FEATURES)).astype(np.float32)
+    x = (rng.normal(size=(len(keys), FEATURES)) * 2 + 1).astype(np.float32)
+    margin = (x * truth[keys]).sum(1) + 2 * rng.normal(size=len(keys))
+    return Stream(keys, x, (margin > 0).astype(np.float32))
+
+
+def events(stream: Stream) -> Event:
+    n = len(stream.keys)
+    return Event(stream.x, Maybe(stream.target, np.ones(n, bool)), np.ones(n, np.float32))
+
+
+def ours(stream: Stream, **options: Any) -> tuple[np.ndarray, float]:
+    """`Keyed`, which has seen none of the keys."""
+    keyed, xs = Keyed(CELL, int(stream.keys.max()) + 1, **options), events(stream)
+    keyed.form(jax.tree.map(lambda leaf: leaf[0], xs))
+    return timed(lambda: keyed(stream.keys, xs))
+
+
+# Skew
+
+
+class Served:
+    """A tool that runs in an interpreter of its own."""
+
+    def __init__(self, tool: str, python: str, folder: str):
+        self.tool, self.folder = tool, Path(folder)
+        program = str(Path(peers.__file__).resolve())
+        self.process = subprocess.Popen(
+            [python, program, tool, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+        self.version = self._line()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError(f"{self.tool} ended with exit code {self.process.wait()}")
+        return line
+
+    def __call__(self, name: str) -> tuple[np.ndarray, float]:
+        assert self.process.stdin is not None
+        print(name, file=self.process.stdin, flush=True)
+        spent = float(self._line())
+        return np.load(self.folder / f"{self.tool}.npy"), spent
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def served(python: str, streams: dict[str, Stream]) -> Iterator[tuple[dict[str, Served], dict[str, str]]]:
+    """The tools that this interpreter has, and of those it has not, why."""
+    tools, absent = {}, {}
+    with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
+        for name, stream in streams.items():
+            np.savez(Path(folder) / f"{name}.npz", **stream._asdict())
+        for tool in ("bytewax", "pathway"):
+            found = subprocess.run([python, "-c", f"import {tool}"], capture_output=True, text=True)
+            if found.returncode:
+                absent[tool] = found.stderr.strip().splitlines()[-1] if found.stderr.strip() else "import failed"
+            else:
+                tools[tool] = Served(tool, python, folder)
+        try:
+            yield tools, absent
+        finally:
+            for tool in tools.values():
+                tool.close()
+
+
+def skew(sizes: Sizes, python: str) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    whole = {name: make(draw(rng, sizes.keys, sizes.events, skew), sizes.keys) for name, skew in KEYS.items()}
+    heads = {name: stream.head(sizes.prefix) for name, stream in whole.items()}
+    rows = []
+    with served(python, heads) as (tools, absent):
+        for name, stream in whole.items():
+            truth = ours(stream)[0]
+
+            def rate(run: Callable[[], tuple[np.ndarray, float]], who: str, truth=truth, name=name) -> float:
+                found, spent = run()
+                apart = float(np.abs(found - truth[: len(found)]).max())
+                if not apart < 1e-3:
+                    raise RuntimeError(f"{who} predicts otherwise on {name} keys: the largest difference is {apart:.2g}")
+                differences[who] = max(differences.get(who, 0.0), apart)
+                return len(found) / spent
+
+            head, differences = heads[name], {}
+            text = stream._replace(keys=np.char.add("card-", stream.keys.astype(str)))
+            runs: dict[str, Callable[[], tuple[np.ndarray, float]]] = {
+                "anabranch": lambda s=stream: ours(s),
+                "anabranch, one thread": lambda s=stream: ours(s, threads=1),
+                "numba": lambda s=stream: peers.numba(s),
+                "numpy": lambda s=head: peers.numpy(s),
+                "river": lambda s=head: peers.river(s),
+            } | {tool: lambda run=run, name=name: run(name) for tool, run in tools.items()}
+            for who, run in runs.items():  # compile, and import
+                rate(run, who)
+            rates = in_turn({who: lambda w=who, r=run: rate(r, w) for who, run in runs.items()}, sizes.repeats)
+            row = {
+                "keys": name,
+                "events_per_second": {who: spread(values) for who, values in rates.items()},
+                "anabranch_over": {who: ratio(rates["anabranch"], rates[who]) for who in runs if who != "anabranch"},
+                "largest_difference": {who: float(f"{d:.2g}") for who, d in differences.items()},
+            }
+            rows.append(row)
+            print(f"{name:9}", *(f"{who} {r['median']:,.0f}/s" for who, r in row["events_per_second"].items()), sep="  ")
+        found = {tool: run.version for tool, run in tools.items()}
+    targets = {
+        "150 times River": {row["keys"]: row["anabranch_over"]["river"]["median"] >= 150 for row in rows},
+        "a quarter of numba": {row["keys"]: row["anabranch_over"]["numba"]["median"] >= 0.25 for row in rows},
+    }
+    print("targets:", targets)
+    return {
+        "keys": sizes.keys, "events": sizes.events, "prefix": sizes.prefix, "features": FEATURES,
+        "distributions": rows, "targets": targets, "peer_versions": found, "not_run": absent,
+    }  # fmt: skip
+
+
+# A million keys
+
+
+def rooms(many: int) -> dict[str, dict[str, int]]:
+    """Room for all keys, or for a tenth and the rest in memory, or for a tenth, a tenth in memory and the rest on disk."""
+    return {
+        "all ready": {"capacity": many, "memory": many},
+        "rest in memory": {"capacity": many // 10, "memory": many},
+        "rest on disk": {"capacity": many // 10, "memory": many // 10},
+    }
+
+
+def fill(keyed: Keyed, many: int, stream: Stream) -> None:
+    """Show `keyed` each key once, with the events of `stream` over and over."""
+    step = len(stream.keys)
+    for start in range(0, many, step):
+        keys = np.arange(start, min(start + step, many))
+        keyed(keys, jax.tree.map(lambda leaf, n=len(keys): leaf[:n], events(stream)))
+
+
+def spill(sizes: Sizes) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    rows = []
+    for name in ("uniform", "zipf 1.2"):
+        stream = make(draw(rng, sizes.many, sizes.segment, KEYS[name]), sizes.many)
+        xs = events(stream)
+        made = {room: Keyed(CELL, **options) for room, options in rooms(sizes.many).items()}
+        for keyed in made.values():
+            fill(keyed, sizes.many, stream)
+        answers = [keyed(stream.keys, xs) for keyed in made.values()]  # also lets the most frequent keys settle
+        if not all(np.array_equal(answers[0], other) for other in answers[1:]):
+            raise RuntimeError("a state that was spilled came back changed")
+        rates = in_turn(
+            {room: lambda k=keyed, s=stream, xs=xs: len(s.keys) / timed(lambda: k(s.keys, xs))[1] for room, keyed in made.items()},
+            sizes.repeats,
+        )
+        for room in made:
+            rows.append({
+                "keys": name, "room": room, "events_per_second": spread(rates[room]),
+                "slowdown": ratio(rates["all ready"], rates[room]), "spilled": made[room].spilled,
+            })  # fmt: skip
+            print(f"{name:9} {room:15} {rows[-1]['events_per_second']['median']:,.0f}/s, {rows[-1]['slowdown']['median']} times slower")
+        del made
+    # Memory in a process of its own for each, which has done nothing else.
+    command = [sys.executable, __file__, *(["--smoke"] if sizes is SMOKE else []), "--memory-of"]
+    memory = {}
+    for room in rooms(sizes.many):
+        done = subprocess.run([*command, room], capture_output=True, text=True, check=True)
+        memory[room] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{room:15}", memory[room])
+    return {"keys": sizes.many, "state_bytes_a_key": 4 * Keyed(CELL, 1)._packing.words, "rows": rows, "memory": memory}
+
+
+def memory_of(sizes: Sizes, room: str) -> dict[str, int]:
+    """Megabytes that a million keys take, once all have been seen and then as many events again."""
+    rng = np.random.default_rng(2)
+    stream = make(draw(rng, sizes.many, sizes.segment, 0.0), sizes.many)
+    xs = events(stream)
+    with_none = Keyed(CELL, 64, threads=1)
+    with_none(stream.keys[:64], jax.tree.map(lambda leaf: leaf[:64], xs))
+    ours(stream.head(64))
+    before = resident()
+    keyed = Keyed(CELL, **rooms(sizes.many)[room])
+    fill(keyed, sizes.many, stream)
+    first = resident()
+    for _ in range(5):
+        keyed(draw(rng, sizes.many, sizes.segment, 0.0), xs)
+    return {
+        "process_before_mb": before >> 20, "states_and_directory_mb": (first - before) >> 20,
+        "after_more_events_mb": (resident() - before) >> 20, "all_states_mb": keyed.nbytes >> 20, "spilled": keyed.spilled,
+    }  # fmt: skip
+
+
+# Growth
+
+
+def growth(sizes: Sizes) -> dict[str, Any]:
+    """Streams of growing length, in micro-batches of 4,096, over keys that have all been seen."""
+    batch = 4096
+    stream = make(draw(np.random.default_rng(3), sizes.keys, 64 * batch, 0.0), sizes.keys)
+    xs, made = events(stream), {}
+    blocks = [
+        (stream.keys[i : i + batch], jax.tree.map(lambda leaf, i=i: leaf[i : i + batch], xs))
+        for i in range(0, 64 * batch, batch)
+    ]
+
+    def rate(length: int) -> float:
+        made[length] = keyed = Keyed(CELL, sizes.keys)
+        fill(keyed, sizes.keys, stream)
+        for keys, x in blocks[:2]:
+            keyed(keys, x)
+        turns = -(-length // batch)
+        _, spent = timed(lambda: [keyed(*blocks[i % 64]) for i in range(turns)])
+        return turns * batch / spent
+
+    rates = in_turn({length: lambda n=length: rate(n) for length in sizes.lengths}, sizes.repeats)
+    rows = [
+        {"events": n, "events_per_second": spread(values), "state_bytes": sum(r.nbytes for r in made[n]._rows)}
+        for n, values in rates.items()
+    ]
+    for row in rows:
+        print(f"{row['events']:10,} events  {row['events_per_second']['median']:,.0f}/s  {row['state_bytes']:,} bytes")
+    medians = [row["events_per_second"]["median"] for row in rows]
+    middle = (max(medians) + min(medians)) / 2
+    return {
+        "rows": rows,
+        "plus_minus": round((max(medians) - min(medians)) / 2 / middle, 3),
+        "state_constant": len({row["state_bytes"] for row in rows}) == 1,
+    }
+
+
+# Checkpoints
+
+
+def checkpoints(sizes: Sizes) -> dict[str, Any]:
+    """Periods of ten seconds in turn: one that nothing disturbs, one that begins with a checkpoint of all that changed."""
+    rows = []
+    for name in ("uniform", "zipf 1.2"):
+        stream = make(draw(np.random.default_rng(4), sizes.many, sizes.segment, KEYS[name]), sizes.many)
+        xs = events(stream)
+        batch = 32768
+        blocks = [
+            (stream.keys[i : i + batch], jax.tree.map(lambda leaf, i=i: leaf[i : i + batch], xs))
+            for i in range(0, len(stream.keys) - len(stream.keys) % batch or len(stream.keys), batch)
+        ]
+        keyed = Keyed(CELL, sizes.many)
+        fill(keyed, sizes.many, stream)
+        stalls: list[float] = []
+        writes: list[float] = []
+        turn = 0
+        with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
+            saver = Checkpoints(folder)
+
+            def save(keyed=keyed, saver=saver) -> None:
+                saved = keyed.everything() if saver.wants_everything else keyed.changed()
+                saver.save({"keys": pack_keys(saved.keys), "rows": saved.rows}, {"events": turn})
+
+            def period(saving: bool, save=save, blocks=blocks, keyed=keyed, saver=saver, stalls=stalls, writes=writes) -> float:
+                nonlocal turn
+                begin, count, written = time.perf_counter(), 0, not saving
+                if saving:
+                    stalls.append(timed(save)[1])
+                while time.perf_counter() - begin < sizes.every:
+                    keys, x = blocks[turn % len(blocks)]
+                    keyed(keys, x)
+                    turn, count = turn + 1, count + len(keys)
+                    if not written and not saver.busy:
+                        written = True
+                        writes.append(time.perf_counter() - begin)
+                rate = count / (time.perf_counter() - begin)
+                saver.wait()
+                return rate
+
+            period(False), save(), saver.wait()
+            rates = in_turn({"without": lambda p=period: p(False), "with": lambda p=period: p(True)}, max(2, sizes.repeats - 2))
+            size = max(path.stat().st_size for path in Path(folder).iterdir())
+            saver.close()
+        rows.append({
+            "keys": name, "events_per_second": {who: spread(values) for who, values in rates.items()},
+            "slowdown": ratio(rates["without"], rates["with"]), "stall_seconds": spread(stalls),
+            "seconds_until_written": spread(writes) if writes else None, "bytes": size,
+        })  # fmt: skip
+        print(rows[-1])
+    met = {row["keys"]: row["slowdown"]["median"] <= 1.05 for row in rows}
+    return {"keys": sizes.many, "every_seconds": sizes.every, "rows": rows, "targets": {"at most 5 % slower": met}}
+
+
+# Forms
+
+
+class GRU(Cell):
+    """A gated recurrent unit: its arithmetic grows with the square of its state."""
+
+    unit: eqx.nn.GRUCell
+
+    def init(self, *, key=None):
+        return jnp.zeros(self.unit.hidden_size)
+
+    def step(self, state, x):
+        state = self.unit(x, state)
+        return state, state[0]
+
+
+class Averages(Cell):
+    """Moving averages at `words` speeds: two operations for each word of the state."""
+
+    words: int = eqx.field(static=True)
+
+    def init(self, *, key=None):
+        return jnp.zeros(self.words)
+
+    def step(self, state, x):
+        state = state + jnp.linspace(0.001, 0.5, self.words) * (x[0] - state)
+        return state, state.sum()
+
+
+class Ring(Cell):
+    """The sum of the last `words` inputs: a large state of which a step touches one word."""
+
+    words: int = eqx.field(static=True)
+
+    def init(self, *, key=None):
+        return {"held": jnp.zeros(self.words - 2), "at": jnp.int32(0), "sum": jnp.zeros(())}
+
+    def step(self, state, x):
+        held, at = state["held"], state["at"]
+        total = state["sum"] + x[0] - held[at]
+        return {"held": held.at[at].set(x[0]), "at": (at + 1) % held.shape[0], "sum": total}, total
+
+
+def forms(sizes: Sizes) -> dict[str, Any]:
+    """Microseconds a step in each form, uniform and Zipf(1.2) keys, micro-batches of 4,096."""
+    gru = lambda h: GRU(eqx.nn.GRUCell(FEATURES, h, key=jax.random.PRNGKey(h)))
+    cells: list[tuple[str, int, Cell]] = [("gru", h, gru(h)) for h in sizes.hidden]
+    cells += [(kind.__name__.lower(), n, kind(n)) for kind in (Averages, Ring) for n in sizes.words]
+    rng = np.random.default_rng(5)
+    batch = min(4096, sizes.events)
+    x = rng.normal(size=(batch, FEATURES)).astype(np.float32)
+    keys = {name: draw(rng, sizes.keys, batch, KEYS[name]) for name in ("uniform", "zipf 1.2")}
+    rows = []
+    for kind, size, cell in cells:
+        made = {form: Keyed(cell, sizes.keys, form=form) for form in ("loop", "waves")}
+        runs: dict[tuple[str, str], Callable[[], float]] = {}
+        for form, keyed in made.items():
+            for name, drawn in keys.items():
+                run = lambda k=keyed, d=drawn: timed(lambda: k(d, x))[1] / batch * 1e6
+                run()
+                runs[form, name] = run
+        spent = in_turn(runs, sizes.repeats)
+        row = {"cell": kind, "size": size, "flops": _flops(cell, x[0]), "words": made["loop"]._packing.words}
+        row["microseconds"] = {name: {form: spread(spent[form, name]) for form in made} for name in keys}
+        row["loop_over_waves"] = {name: ratio(spent["loop", name], spent["waves", name]) for name in keys}
+        rows.append(row)
+        print(
+            f"{kind:9}{size:5}  {row['flops']:10,.0f} flops  {row['words']:5} words",
+            *(f"{name}: loop {m['loop']['median']} us, waves {m['waves']['median']} us" for name, m in row["microseconds"].items()),
+            sep="   ",
+        )
+    return {"keys": sizes.keys, "batch": batch, "rows": rows}
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    rows = record["skew"]["distributions"]
+    names = list(rows[0]["events_per_second"])
+    for i, name in enumerate(names):
+        found = [row["events_per_second"][name] for row in rows]
+        at = np.arange(len(rows)) + (i - len(names) / 2 + 0.5) * 0.8 / len(names)
+        height = np.array([f["median"] for f in found])
+        error = [height - [f["low"] for f in found], [f["high"] for f in found] - height]
+        left.bar(at, height, 0.8 / len(names), yerr=error, label=name, error_kw={"lw": 0.8})
+    left.set(yscale="log", ylabel="events a second", title=f"{record['skew']['keys']:,} keys, one model each")
+    left.set_xticks(range(len(rows)), [row["keys"] for row in rows])
+    left.legend(fontsize=7, ncols=2)
+    rows = record["spill"]["rows"]
+    kinds = list(dict.fromkeys(row["keys"] for row in rows))
+    places = list(dict.fromkeys(row["room"] for row in rows))
+    for i, room in enumerate(places):
+        height = [row["events_per_second"]["median"] for row in rows if row["room"] == room]
+        middle.bar(np.arange(len(kinds)) + (i - 1) * 0.27, height, 0.27, label=room)
+    middle.set(ylabel="events a second", title=f"{record['spill']['keys']:,} keys, room for all or for a tenth")
+    middle.set_xticks(range(len(kinds)), kinds)
+    middle.legend(fontsize=7)
+    rows = record["growth"]["rows"]
+    right.plot([r["events"] for r in rows], [r["events_per_second"]["median"] for r in rows], "o-")
+    right.set(xscale="log", xlabel="events of the stream", ylabel="events a second", title="longer streams")
+    right.set_ylim(bottom=0)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="everything in tiny sizes, nothing written")
+    parser.add_argument("--checkpoints", action="store_true", help="only the checkpoints")
+    parser.add_argument("--forms", action="store_true", help="only the two forms")
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with bytewax and pathway")
+    parser.add_argument("--memory-of", choices=list(rooms(1)), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = SMOKE if args.smoke else FULL
+    if args.memory_of:
+        print(json.dumps(memory_of(sizes, args.memory_of)))
+        return
+    records: dict[str, dict[str, Any]] = {}
+    if args.checkpoints or args.smoke:
+        records["keyed_checkpoints"] = checkpoints(sizes)
+    if args.forms or args.smoke:
+        records["keyed_forms"] = forms(sizes)
+    if not (args.checkpoints or args.forms):
+        records["keyed"] = {
+            "repeats": sizes.repeats,
+            "skew": skew(sizes, args.peer_python),
+            "spill": spill(sizes),
+            "growth": growth(sizes),
+        }
+    if args.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            if "keyed" in records:
+                plot(records["keyed"], Path(folder) / "keyed.png")
+        return
+    for name, record in records.items():
+        write(name, record, *PACKAGES)
+    if "keyed" in records:
+        plot(records["keyed"], RESULTS / "keyed.png")
+
+
+if __name__ == "__main__":
+    main()
