@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in turn, rates with their spread, and one JSON file each with the machine it ran on."""
+"""What the benchmarks share: runs in turn, medians with their spread, one JSON file each with the machine."""
 
 import importlib.metadata
 import json
@@ -57,8 +57,8 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
+        named = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line)
+        model = next(named, model)
     return {"cpu": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
 
 

@@ -1,21 +1,22 @@
-"""`Keyed` against what people write today: one standardisation and logistic regression for each key of a stream.
+"""`Keyed` against what people write today: a standardisation and a logistic regression for each key of a stream.
 
-Every comparison runs on the same events in the same process minute, ours and theirs in turn, and stops if the predictions
-differ by 1e-3. Medians of five repeats.
+Every comparison is of the same events, ours and theirs in turn, medians of five; it stops if the predictions differ by
+1e-3.
 
-* skew: events a second for keys that are uniform, Zipf(1.2), Zipf(1.5) and all one, against a dictionary of River models,
-  a dictionary of NumPy states, Bytewax and Pathway (on a prefix of the events), and a compiled sequential loop.
+* skew: events a second where keys are uniform, Zipf(1.2), Zipf(1.5), and all one, against a dictionary of River models,
+  a dictionary of NumPy states, Bytewax and Pathway (all on a prefix of the events), and a compiled sequential loop.
 * spill: a million keys with room for a tenth of them.
 * growth: events a second, and bytes of state, as the stream gets longer.
 * `--checkpoints`: a million keys, saved every ten seconds.
-* `--forms`: a step in the `loop` and the `waves` form, for cells with more and more arithmetic and state.
+* `--forms`: a step in the `loop` and in the `waves` form, for cells with more and more arithmetic and state.
 
-`python bench/keyed.py [--smoke] [--checkpoints | --forms] [--peer-python PYTHON]`; PYTHON has bytewax and pathway. Writes
-`bench/results/keyed.json` and `.png`, and `keyed_checkpoints.json` or `keyed_forms.json`.
+`python bench/keyed.py [--smoke] [--checkpoints | --forms] [--peer-python PYTHON]`, where PYTHON has bytewax and pathway.
+Writes `bench/results/keyed.json` and `.png`, or `keyed_checkpoints.json`, or `keyed_forms.json`.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -28,16 +29,17 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import keyed_peers as peers
 import numpy as np
 import optax
-from common import RESULTS, in_turn, ratio, resident, spread, timed, write
-from keyed_peers import Stream
+import pyarrow as pa
 
+import keyed_peers as peers
 from anabranch.cell import Cell, Event, Maybe
 from anabranch.learn.linear import LogisticRegression, Scaled
 from anabranch.run.checkpoint import Checkpoints, pack_keys
 from anabranch.run.keyed import Keyed, _flops
+from common import RESULTS, in_turn, ratio, resident, spread, timed, write
+from keyed_peers import Stream
 
 FEATURES = 16
 CELL = Scaled(LogisticRegression(FEATURES, optax.sgd(peers.LR), intercept_lr=peers.INTERCEPT_LR))
@@ -88,11 +90,15 @@ def events(stream: Stream) -> Event:
     return Event(stream.x, Maybe(stream.target, np.ones(n, bool)), np.ones(n, np.float32))
 
 
-def ours(stream: Stream, **options: Any) -> tuple[np.ndarray, float]:
+def ours(stream: Stream, keys: Any = None, **options: Any) -> tuple[np.ndarray, float]:
     """`Keyed`, which has seen none of the keys."""
     keyed, xs = Keyed(CELL, int(stream.keys.max()) + 1, **options), events(stream)
     keyed.form(jax.tree.map(lambda leaf: leaf[0], xs))
-    return timed(lambda: keyed(stream.keys, xs))
+    return timed(lambda: keyed(stream.keys if keys is None else keys, xs))
+
+
+def show(rate: dict[str, float]) -> str:
+    return f"{rate['median']:,.0f}/s"
 
 
 # Skew
@@ -162,18 +168,19 @@ def skew(sizes: Sizes, python: str) -> dict[str, Any]:
                 found, spent = run()
                 apart = float(np.abs(found - truth[: len(found)]).max())
                 if not apart < 1e-3:
-                    raise RuntimeError(f"{who} predicts otherwise on {name} keys: the largest difference is {apart:.2g}")
+                    raise RuntimeError(f"{name}: {who} predicts otherwise, the largest difference is {apart:.2g}")
                 differences[who] = max(differences.get(who, 0.0), apart)
                 return len(found) / spent
 
-            head, differences = heads[name], {}
-            text = stream._replace(keys=np.char.add("card-", stream.keys.astype(str)))
+            start, differences = heads[name], {}
+            text = pa.array(np.char.add("card-", stream.keys.astype(str)))
             runs: dict[str, Callable[[], tuple[np.ndarray, float]]] = {
                 "anabranch": lambda s=stream: ours(s),
                 "anabranch, one thread": lambda s=stream: ours(s, threads=1),
+                "anabranch, text keys": lambda s=stream, k=text: ours(s, k),
                 "numba": lambda s=stream: peers.numba(s),
-                "numpy": lambda s=head: peers.numpy(s),
-                "river": lambda s=head: peers.river(s),
+                "numpy": lambda s=start: peers.numpy(s),
+                "river": lambda s=start: peers.river(s),
             } | {tool: lambda run=run, name=name: run(name) for tool, run in tools.items()}
             for who, run in runs.items():  # compile, and import
                 rate(run, who)
@@ -185,7 +192,7 @@ def skew(sizes: Sizes, python: str) -> dict[str, Any]:
                 "largest_difference": {who: float(f"{d:.2g}") for who, d in differences.items()},
             }
             rows.append(row)
-            print(f"{name:9}", *(f"{who} {r['median']:,.0f}/s" for who, r in row["events_per_second"].items()), sep="  ")
+            print(f"{name:9}", *(f"{who} {show(r)}" for who, r in row["events_per_second"].items()), sep="  ")
         found = {tool: run.version for tool, run in tools.items()}
     targets = {
         "150 times River": {row["keys"]: row["anabranch_over"]["river"]["median"] >= 150 for row in rows},
@@ -202,7 +209,7 @@ def skew(sizes: Sizes, python: str) -> dict[str, Any]:
 
 
 def rooms(many: int) -> dict[str, dict[str, int]]:
-    """Room for all keys, or for a tenth and the rest in memory, or for a tenth, a tenth in memory and the rest on disk."""
+    """Room for all keys; for a tenth, the rest in memory; for a tenth, a tenth in memory and the rest on disk."""
     return {
         "all ready": {"capacity": many, "memory": many},
         "rest in memory": {"capacity": many // 10, "memory": many},
@@ -210,64 +217,73 @@ def rooms(many: int) -> dict[str, dict[str, int]]:
     }
 
 
-def fill(keyed: Keyed, many: int, stream: Stream) -> None:
-    """Show `keyed` each key once, with the events of `stream` over and over."""
-    step = len(stream.keys)
+def fill(keyed: Keyed, many: int, xs: Event) -> None:
+    """Show `keyed` each key once."""
+    step = len(xs.weight)
     for start in range(0, many, step):
-        keys = np.arange(start, min(start + step, many))
-        keyed(keys, jax.tree.map(lambda leaf, n=len(keys): leaf[:n], events(stream)))
+        count = min(step, many - start)
+        keyed(np.arange(start, start + count), head(xs, count))
+
+
+def head(xs: Event, n: int, start: int = 0) -> Event:
+    return jax.tree.map(lambda leaf: leaf[start : start + n], xs)
 
 
 def spill(sizes: Sizes) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
     rows = []
     for name in ("uniform", "zipf 1.2"):
-        stream = make(draw(rng, sizes.many, sizes.segment, KEYS[name]), sizes.many)
-        xs = events(stream)
+        rng = np.random.default_rng(1)
+        xs = events(make(np.zeros(sizes.segment, np.int64), 1))
+        # The most frequent keys stay the same, so that a cache can pay; the events are new ones every time.
+        drawn = draw(rng, sizes.many, sizes.segment * (sizes.repeats + 1), KEYS[name]).reshape(-1, sizes.segment)
         made = {room: Keyed(CELL, **options) for room, options in rooms(sizes.many).items()}
+        answers: dict[str, list[np.ndarray]] = {room: [] for room in made}
         for keyed in made.values():
-            fill(keyed, sizes.many, stream)
-        answers = [keyed(stream.keys, xs) for keyed in made.values()]  # also lets the most frequent keys settle
-        if not all(np.array_equal(answers[0], other) for other in answers[1:]):
-            raise RuntimeError("a state that was spilled came back changed")
-        rates = in_turn(
-            {room: lambda k=keyed, s=stream, xs=xs: len(s.keys) / timed(lambda: k(s.keys, xs))[1] for room, keyed in made.items()},
-            sizes.repeats,
-        )
-        for room in made:
-            rows.append({
-                "keys": name, "room": room, "events_per_second": spread(rates[room]),
-                "slowdown": ratio(rates["all ready"], rates[room]), "spilled": made[room].spilled,
-            })  # fmt: skip
-            print(f"{name:9} {room:15} {rows[-1]['events_per_second']['median']:,.0f}/s, {rows[-1]['slowdown']['median']} times slower")
-        del made
+            fill(keyed, sizes.many, xs)
+
+        def rate(room: str, made=made, answers=answers, drawn=drawn, xs=xs) -> float:
+            found, spent = timed(lambda: made[room](drawn[len(answers[room])], xs))
+            answers[room].append(found)
+            return len(found) / spent
+
+        for room in made:  # once without being measured: the frequent keys come in
+            rate(room)
+        rates = in_turn({room: lambda r=room: rate(r) for room in made}, sizes.repeats)
+        for room, keyed in made.items():
+            if not np.array_equal(answers[room], answers["all ready"]):
+                raise RuntimeError(f"{name}, {room}: a state that was spilled came back changed")
+            row = {"keys": name, "room": room, "events_per_second": spread(rates[room]), "spilled": keyed.spilled}
+            row["slowdown"] = ratio(rates["all ready"], rates[room])
+            rows.append(row)
+            print(f"{name:9} {room:15} {show(row['events_per_second'])}, {row['slowdown']['median']} times slower")
+        del made, keyed
     # Memory in a process of its own for each, which has done nothing else.
     command = [sys.executable, __file__, *(["--smoke"] if sizes is SMOKE else []), "--memory-of"]
     memory = {}
     for room in rooms(sizes.many):
-        done = subprocess.run([*command, room], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, room], stdout=subprocess.PIPE, text=True, check=True)
         memory[room] = json.loads(done.stdout.splitlines()[-1])
         print(f"{room:15}", memory[room])
-    return {"keys": sizes.many, "state_bytes_a_key": 4 * Keyed(CELL, 1)._packing.words, "rows": rows, "memory": memory}
+    return {"keys": sizes.many, "rows": rows, "memory": memory}
 
 
 def memory_of(sizes: Sizes, room: str) -> dict[str, int]:
-    """Megabytes that a million keys take, once all have been seen and then as many events again."""
+    """Megabytes after each of a million keys has been seen, and after as many events again."""
     rng = np.random.default_rng(2)
-    stream = make(draw(rng, sizes.many, sizes.segment, 0.0), sizes.many)
-    xs = events(stream)
-    with_none = Keyed(CELL, 64, threads=1)
-    with_none(stream.keys[:64], jax.tree.map(lambda leaf: leaf[:64], xs))
-    ours(stream.head(64))
+    xs = events(make(np.zeros(sizes.segment, np.int64), 1))
+    options = rooms(sizes.many)[room]
+    small = Keyed(CELL, options["capacity"])  # compiles, with arrays as large but no keys
+    small(np.zeros(sizes.segment, np.int64), xs)
+    del small
     before = resident()
-    keyed = Keyed(CELL, **rooms(sizes.many)[room])
-    fill(keyed, sizes.many, stream)
-    first = resident()
+    keyed = Keyed(CELL, **options)
+    fill(keyed, sizes.many, xs)
+    filled = resident()
     for _ in range(5):
         keyed(draw(rng, sizes.many, sizes.segment, 0.0), xs)
     return {
-        "process_before_mb": before >> 20, "states_and_directory_mb": (first - before) >> 20,
-        "after_more_events_mb": (resident() - before) >> 20, "all_states_mb": keyed.nbytes >> 20, "spilled": keyed.spilled,
+        "before_mb": before >> 20, "filled_mb": filled >> 20, "later_mb": resident() >> 20,
+        "states_mb": keyed.nbytes >> 20, "spilled_keys": keyed.spilled,
     }  # fmt: skip
 
 
@@ -279,14 +295,11 @@ def growth(sizes: Sizes) -> dict[str, Any]:
     batch = 4096
     stream = make(draw(np.random.default_rng(3), sizes.keys, 64 * batch, 0.0), sizes.keys)
     xs, made = events(stream), {}
-    blocks = [
-        (stream.keys[i : i + batch], jax.tree.map(lambda leaf, i=i: leaf[i : i + batch], xs))
-        for i in range(0, 64 * batch, batch)
-    ]
+    blocks = [(stream.keys[i : i + batch], head(xs, batch, i)) for i in range(0, 64 * batch, batch)]
 
     def rate(length: int) -> float:
         made[length] = keyed = Keyed(CELL, sizes.keys)
-        fill(keyed, sizes.keys, stream)
+        fill(keyed, sizes.keys, xs)
         for keys, x in blocks[:2]:
             keyed(keys, x)
         turns = -(-length // batch)
@@ -299,7 +312,7 @@ def growth(sizes: Sizes) -> dict[str, Any]:
         for n, values in rates.items()
     ]
     for row in rows:
-        print(f"{row['events']:10,} events  {row['events_per_second']['median']:,.0f}/s  {row['state_bytes']:,} bytes")
+        print(f"{row['events']:10,} events  {show(row['events_per_second'])}  {row['state_bytes']:,} bytes")
     medians = [row["events_per_second"]["median"] for row in rows]
     middle = (max(medians) + min(medians)) / 2
     return {
@@ -312,55 +325,67 @@ def growth(sizes: Sizes) -> dict[str, Any]:
 # Checkpoints
 
 
+class Period(NamedTuple):
+    rate: float
+    stall: float
+    """Seconds in which no event was processed."""
+    written: float
+    """Seconds until the file was whole."""
+    bytes: int
+
+
+def period(
+    keyed: Keyed, blocks: Iterator[tuple[np.ndarray, Event]], seconds: float, saver: Checkpoints | None
+) -> Period:
+    """Events a second over some seconds, which begin with a checkpoint where there is a saver."""
+    begin, count, stall, written, size = time.perf_counter(), 0, 0.0, 0.0, 0
+    if saver is not None:
+        saved = keyed.everything() if saver.wants_everything else keyed.changed()
+        saver.save({"keys": pack_keys(saved.keys), "rows": saved.rows}, {})
+        stall, size = time.perf_counter() - begin, saved.rows.nbytes
+        del saved
+    while time.perf_counter() - begin < seconds:
+        keys, xs = next(blocks)
+        keyed(keys, xs)
+        count += len(keys)
+        if saver is not None and not written and not saver.busy:
+            written = time.perf_counter() - begin
+    rate = count / (time.perf_counter() - begin)
+    if saver is not None:
+        saver.wait()
+        written = written or time.perf_counter() - begin
+    return Period(rate, stall, written, size)
+
+
 def checkpoints(sizes: Sizes) -> dict[str, Any]:
-    """Periods of ten seconds in turn: one that nothing disturbs, one that begins with a checkpoint of all that changed."""
-    rows = []
+    """Periods of ten seconds in turn: one without a checkpoint, one that begins with a checkpoint of all that changed."""
+    rows, batch = [], min(32768, sizes.segment)
     for name in ("uniform", "zipf 1.2"):
-        stream = make(draw(np.random.default_rng(4), sizes.many, sizes.segment, KEYS[name]), sizes.many)
-        xs = events(stream)
-        batch = 32768
-        blocks = [
-            (stream.keys[i : i + batch], jax.tree.map(lambda leaf, i=i: leaf[i : i + batch], xs))
-            for i in range(0, len(stream.keys) - len(stream.keys) % batch or len(stream.keys), batch)
-        ]
+        n = 32 * batch
+        xs = events(make(np.zeros(n, np.int64), 1))
+        drawn = draw(np.random.default_rng(4), sizes.many, n, KEYS[name])
+        blocks = itertools.cycle([(drawn[i : i + batch], head(xs, batch, i)) for i in range(0, n, batch)])
         keyed = Keyed(CELL, sizes.many)
-        fill(keyed, sizes.many, stream)
-        stalls: list[float] = []
-        writes: list[float] = []
-        turn = 0
+        fill(keyed, sizes.many, head(xs, batch))
         with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
-            saver = Checkpoints(folder)
+            saver, saves = Checkpoints(folder), []
 
-            def save(keyed=keyed, saver=saver) -> None:
-                saved = keyed.everything() if saver.wants_everything else keyed.changed()
-                saver.save({"keys": pack_keys(saved.keys), "rows": saved.rows}, {"events": turn})
+            def saving(keyed=keyed, blocks=blocks, saver=saver, saves=saves) -> float:
+                saves.append(period(keyed, blocks, sizes.every, saver))
+                return saves[-1].rate
 
-            def period(saving: bool, save=save, blocks=blocks, keyed=keyed, saver=saver, stalls=stalls, writes=writes) -> float:
-                nonlocal turn
-                begin, count, written = time.perf_counter(), 0, not saving
-                if saving:
-                    stalls.append(timed(save)[1])
-                while time.perf_counter() - begin < sizes.every:
-                    keys, x = blocks[turn % len(blocks)]
-                    keyed(keys, x)
-                    turn, count = turn + 1, count + len(keys)
-                    if not written and not saver.busy:
-                        written = True
-                        writes.append(time.perf_counter() - begin)
-                rate = count / (time.perf_counter() - begin)
-                saver.wait()
-                return rate
-
-            period(False), save(), saver.wait()
-            rates = in_turn({"without": lambda p=period: p(False), "with": lambda p=period: p(True)}, max(2, sizes.repeats - 2))
-            size = max(path.stat().st_size for path in Path(folder).iterdir())
+            saving()  # compiles, and writes everything
+            saves.clear()
+            without = lambda k=keyed, b=blocks: period(k, b, sizes.every, None).rate
+            rates = in_turn({"without": without, "with": saving}, max(2, sizes.repeats - 2))
             saver.close()
-        rows.append({
+        row = {
             "keys": name, "events_per_second": {who: spread(values) for who, values in rates.items()},
-            "slowdown": ratio(rates["without"], rates["with"]), "stall_seconds": spread(stalls),
-            "seconds_until_written": spread(writes) if writes else None, "bytes": size,
-        })  # fmt: skip
-        print(rows[-1])
+            "slowdown": ratio(rates["without"], rates["with"]), "stall_seconds": spread(s.stall for s in saves),
+            "seconds_until_written": spread(s.written for s in saves), "bytes": spread((s.bytes for s in saves), 9),
+        }  # fmt: skip
+        rows.append(row)
+        print(name, row["slowdown"], "stall", row["stall_seconds"], "written after", row["seconds_until_written"])
     met = {row["keys"]: row["slowdown"]["median"] <= 1.05 for row in rows}
     return {"keys": sizes.many, "every_seconds": sizes.every, "rows": rows, "targets": {"at most 5 % slower": met}}
 
@@ -428,14 +453,11 @@ def forms(sizes: Sizes) -> dict[str, Any]:
                 runs[form, name] = run
         spent = in_turn(runs, sizes.repeats)
         row = {"cell": kind, "size": size, "flops": _flops(cell, x[0]), "words": made["loop"]._packing.words}
-        row["microseconds"] = {name: {form: spread(spent[form, name]) for form in made} for name in keys}
+        row["microseconds"] = times = {name: {form: spread(spent[form, name]) for form in made} for name in keys}
         row["loop_over_waves"] = {name: ratio(spent["loop", name], spent["waves", name]) for name in keys}
         rows.append(row)
-        print(
-            f"{kind:9}{size:5}  {row['flops']:10,.0f} flops  {row['words']:5} words",
-            *(f"{name}: loop {m['loop']['median']} us, waves {m['waves']['median']} us" for name, m in row["microseconds"].items()),
-            sep="   ",
-        )
+        told = (f"{name}: loop {m['loop']['median']} us, waves {m['waves']['median']} us" for name, m in times.items())
+        print(f"{kind:9}{size:5}  {row['flops']:10,.0f} flops  {row['words']:5} words", *told, sep="   ")
     return {"keys": sizes.keys, "batch": batch, "rows": rows}
 
 

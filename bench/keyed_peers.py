@@ -8,6 +8,7 @@ line on standard input names a stream in FOLDER; its predictions are written the
 """
 
 import importlib.metadata
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,8 @@ def river(stream: Stream) -> tuple[np.ndarray, float]:
     from river import linear_model, optim, preprocessing
 
     def model():
-        return preprocessing.StandardScaler() | linear_model.LogisticRegression(optim.SGD(LR), intercept_lr=INTERCEPT_LR)
+        learner = linear_model.LogisticRegression(optim.SGD(LR), intercept_lr=INTERCEPT_LR)
+        return preprocessing.StandardScaler() | learner
 
     models = {key: model() for key in np.unique(stream.keys).tolist()}
     events = [
@@ -58,10 +60,10 @@ class NumpyModel:
     __slots__ = ("b", "mean", "n", "var", "w")
 
     def __init__(self, features: int):
-        self.n, self.b = 0, np.float32(0)
+        self.n, self.b = 0, 0.0
         self.mean, self.var, self.w = (np.zeros(features, np.float32) for _ in range(3))
 
-    def step(self, x: np.ndarray, target: float) -> np.float32:
+    def step(self, x: np.ndarray, target: float) -> float:
         # Features that never repeat a value have a variance from the second event on: no need to ask each.
         p = sigmoid(self.w @ ((x - self.mean) / np.sqrt(self.var)) + self.b) if self.n > 1 else sigmoid(self.b)
         self.n += 1
@@ -72,21 +74,21 @@ class NumpyModel:
         if self.n > 1:
             z = rest / np.sqrt(self.var)
             slope = sigmoid(self.w @ z + self.b) - target
-            self.w -= np.float32(LR) * slope * z
+            self.w -= np.float32(LR * slope) * z
         else:
             slope = sigmoid(self.b) - target
-        self.b -= np.float32(INTERCEPT_LR) * slope
+        self.b -= INTERCEPT_LR * slope
         return p
 
 
-def sigmoid(margin: np.float32) -> np.float32:
-    return np.float32(1) / (np.float32(1) + np.exp(-margin))
+def sigmoid(margin: float) -> float:
+    return 1 / (1 + math.exp(min(-margin, 80.0)))
 
 
 def numpy(stream: Stream) -> tuple[np.ndarray, float]:
     """A dictionary of NumPy states."""
     models = {key: NumpyModel(stream.x.shape[1]) for key in np.unique(stream.keys).tolist()}
-    events = list(zip(stream.keys.tolist(), stream.x, stream.target))
+    events = list(zip(stream.keys.tolist(), stream.x, stream.target.tolist()))
     start = time.perf_counter()
     out = [models[key].step(x, t) for key, x, t in events]
     spent = time.perf_counter() - start
@@ -150,7 +152,7 @@ def bytewax(stream: Stream) -> tuple[np.ndarray, float]:
         return model, (i, model.step(x, t))
 
     keys = stream.keys.astype(str).tolist()
-    events = list(zip(keys, zip(range(len(keys)), stream.x, stream.target)))
+    events = list(zip(keys, zip(range(len(keys)), stream.x, stream.target.tolist())))
     found: list = []
     flow = Dataflow("bench")
     source = op.input("source", flow, TestingSource(events, batch_size=1000))
@@ -184,7 +186,7 @@ def pathway(stream: Stream) -> tuple[np.ndarray, float]:
     def steps(state, rows):
         model = NumpyModel(features) if state is None else state.value[0]
         rows = sorted((row for row, _ in rows), key=lambda row: row[0])
-        return pw.PyObjectWrapper((model, [(i, float(model.step(x, np.float32(t)))) for i, x, t in rows]))
+        return pw.PyObjectWrapper((model, [(i, model.step(x, t)) for i, x, t in rows]))
 
     out = np.empty(len(events))
 

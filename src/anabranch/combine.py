@@ -156,7 +156,7 @@ class Chain(Cell):
         total = 0
         for cell in self.cells:
             n, m = cell.rate
-            if total * m % n:
+            if total % n:  # the blocks of n that the stream brings would not be those of the offline form
                 raise ValueError(
                     f"{type(cell).__name__} turns {n} inputs into {m} outputs and cannot follow a delay of {total}: "
                     f"put a Delay of {-total % n} before it"

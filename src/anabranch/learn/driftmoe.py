@@ -1,6 +1,7 @@
 """DriftMoE: A Mixture of Experts Approach to Handle Concept Drifts. arXiv 2507.18464, 2025."""
 
 import dataclasses
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -31,7 +32,7 @@ class RouterMLP(eqx.Module):
         xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
         return [
             (xavier(noise(key, i, "router"), (after, before)), jnp.zeros(after))
-            for i, (before, after) in enumerate(zip(widths, widths[1:]))
+            for i, (before, after) in enumerate(itertools.pairwise(widths))
         ]
 
     def __call__(self, params: Params, x: Float[Array, " D"], *, key: Any = None) -> Float[Array, " E"]:
