@@ -10,8 +10,8 @@ Every comparison is of the same events, ours and theirs in turn, medians of five
 * `--checkpoints`: a million keys, saved every ten seconds.
 * `--forms`: a step in the `loop` and in the `waves` form, for cells with more and more arithmetic and state.
 
-`python bench/keyed.py [--smoke] [--checkpoints | --forms] [--peer-python PYTHON]`, where PYTHON has bytewax and pathway.
-Writes `bench/results/keyed.json` and `.png`, or `keyed_checkpoints.json`, or `keyed_forms.json`.
+`python bench/keyed.py [--smoke] [--checkpoints | --forms] [--peer-python PYTHON]`; PYTHON is an interpreter that has
+bytewax and pathway. Writes `bench/results/keyed.json` and `.png`, or `keyed_checkpoints.json`, or `keyed_forms.json`.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes()
-SMOKE = Sizes(400, 10_000, 1_000, 4_000, 2_000, (1_000, 10_000), 0.2, 2, (4, 32), (16, 256))
+SMOKE = Sizes(400, 10_000, 1_000, 4_000, 2_000, (1_000, 10_000), 0.2, 2, (8,), (64,))
 
 
 def draw(rng: np.random.Generator, keys: int, n: int, skew: float | None) -> np.ndarray:
@@ -334,9 +334,7 @@ class Period(NamedTuple):
     bytes: int
 
 
-def period(
-    keyed: Keyed, blocks: Iterator[tuple[np.ndarray, Event]], seconds: float, saver: Checkpoints | None
-) -> Period:
+def period(keyed: Keyed, blocks: Iterator, seconds: float, saver: Checkpoints | None = None) -> Period:
     """Events a second over some seconds, which begin with a checkpoint where there is a saver."""
     begin, count, stall, written, size = time.perf_counter(), 0, 0.0, 0.0, 0
     if saver is not None:
@@ -358,7 +356,7 @@ def period(
 
 
 def checkpoints(sizes: Sizes) -> dict[str, Any]:
-    """Periods of ten seconds in turn: one without a checkpoint, one that begins with a checkpoint of all that changed."""
+    """Periods of ten seconds in turn: one undisturbed, one that begins with a checkpoint of all that changed."""
     rows, batch = [], min(32768, sizes.segment)
     for name in ("uniform", "zipf 1.2"):
         n = 32 * batch
@@ -376,7 +374,7 @@ def checkpoints(sizes: Sizes) -> dict[str, Any]:
 
             saving()  # compiles, and writes everything
             saves.clear()
-            without = lambda k=keyed, b=blocks: period(k, b, sizes.every, None).rate
+            without = lambda k=keyed, b=blocks: period(k, b, sizes.every).rate
             rates = in_turn({"without": without, "with": saving}, max(2, sizes.repeats - 2))
             saver.close()
         row = {

@@ -1,7 +1,7 @@
 """Hoeffding trees and adaptive random forests, events a second and prequential accuracy, against River and MOA.
 
 Ours: the whole stream in one compiled scan, and 1,000 keyed trees through `Keyed`. River: the loop its users write, on
-a prefix of the same rows. MOA: through CapyMOA, where it is installed (it brings PyTorch and needs a Java runtime).
+a prefix of the same rows. MOA: through CapyMOA, where it and a Java runtime are installed.
 Ours and theirs run in turn; medians, and the smallest and largest ratio of neighbouring runs. Accuracies are those of
 the common prefix. `python bench/trees.py [--smoke]`, ANABRANCH_DATA set for elec2; writes `bench/results/trees.json`
 and `trees.png`.

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Array, Float
 
 from anabranch import Learner, data
@@ -38,6 +39,7 @@ def events() -> pa.Table:
         "aircraft": table["tailnum"].fill_null("unknown"),
         "origin": table["origin"],
         "dest": table["dest"],
+        "route": pc.binary_join_element_wise(table["origin"], table["dest"], "-"),
         "carrier": table["carrier"],
         "number": table["flight"],
         "clock": number("hour") + number("minute") / 60,

@@ -237,9 +237,7 @@ class DriftMoE(Learner):
 
         router, adam = when(full, flush, (state.router, state.adam))
         buffered = jnp.where(full, 0, n + learns)
-        return state._replace(
-            router=router, adam=adam, buffer_x=buffer_x, buffer_mask=buffer_mask, buffered=buffered
-        )
+        return state._replace(router=router, adam=adam, buffer_x=buffer_x, buffer_mask=buffer_mask, buffered=buffered)
 
     def _scaled(self, state: DriftMoEState, x: Float[Array, " D"]) -> Float[Array, " D"]:
         """What the router sees of x."""

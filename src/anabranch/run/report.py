@@ -53,7 +53,7 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
 
     def add(title: str, figure, note: str) -> None:
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         plt.close(figure)
         svg = buffer.getvalue()
         sections.append((title, svg[svg.index("<svg") :], note))
