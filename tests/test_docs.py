@@ -23,7 +23,8 @@ import anabranch
 from anabranch.cli import app
 from anabranch.run.config import PipelineConfig
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "methods.md")  # that one is generated
 MODULES = ["anabranch", *(module.name for module in pkgutil.walk_packages(anabranch.__path__, "anabranch."))]
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -65,7 +66,7 @@ def namespace(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_page(page, namespace):
     for fence in fences(page):
         where = f"{page.name}, line {fence.line}"
@@ -99,7 +100,7 @@ def test_every_page_has_something_that_runs():
 
 
 def test_every_page_is_in_the_navigation():
-    pages = re.findall(r"[\w-]+\.md", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(pages) == sorted({*(page.name for page in PAGES), "methods.md"})
 
 
