@@ -31,7 +31,7 @@ from anabranch.state import Packing
 
 LOOP_FLOPS = 20_000
 """A step with more arithmetic than this runs in waves (bench/keyed.py --forms; the two cross between 10 and 50 k)."""
-SIZES = (256, 4096, 32768)
+SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a micro-batch; a longer one is cut."""
 
 
@@ -485,7 +485,7 @@ def _loop_over(call, rows):
     def body(i, carry):
         rows, row, ys = carry
         state, y = cell.step(packing.unpack(row), at(order[i]))
-        rows = jax.lax.dynamic_update_slice(rows, packing.pack(state)[None], (slots[i], 0))
+        rows = packing.put(rows, slots[i], state)
         ys = jax.tree.map(lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, i, 0), ys, y)
         return rows, read(rows, i + 1), ys
 
