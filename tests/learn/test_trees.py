@@ -239,9 +239,20 @@ def test_forest_replaces_its_trees_when_the_concept_turns():
     x = np.random.default_rng(0).normal(size=(3000, 4)).astype(np.float32)
     y = ((x[:, 0] > 0) ^ (np.arange(3000) >= 1500)).astype(np.int32)
     forest = AdaptiveForest(HoeffdingTree(4, 2, grace=50, delta=0.01, max_leaves=16), n_models=3, m=4)
-    state, scores = run(forest, x, y)
-    before, _ = run(forest, x[:1500], y[:1500])
-    assert before.replaced == 0 and state.replaced >= 3
+
+    def step(state, event):
+        new, scores = forest.step(state, event)
+        return new, (scores, new.voting, state.growing, new.growing, new.seen, new.replaced)
+
+    state, told = jax.jit(lambda s, e: jax.lax.scan(step, s, e))(forest.init(key=jax.random.PRNGKey(0)), events(x, y))
+    scores, voting, grew, growing, seen, replaced = map(np.asarray, told)
+    assert replaced[1499] == 0 and replaced[-1] >= 3
+    swapped = np.diff(voting, axis=0, prepend=voting[:1]) != 0
+    assert swapped.any()  # trees grown in the background have taken over,
+    assert not growing[swapped].any()  # leaving nothing in the background
+    drifted = seen == 0
+    assert drifted.sum() == replaced[-1]
+    assert swapped[drifted & grew].all()
     assert (scores[-500:].argmax(-1) == y[-500:]).mean() > 0.9
     assert set(np.r_[state.voting, state.spare].tolist()) == set(range(6))
     assert (np.asarray(state.seen) < 1500).all()  # accuracies count from the replacement on
