@@ -220,11 +220,12 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
     """Print a record as a table."""
-    console = console or Console()
+    console = console or Console(width=max(Console().width, 140))  # numbers are not to be broken
     colours = {"holds": "green", "fails": "red", "not shown": "yellow"}
     table = Table(title=escape(f"{record['slug']} · {record['title']}"), title_justify="left")
     for name in ("metric", "ours", "baseline", "ratio / difference [95 %]", "paper", "threshold", "verdict"):
-        table.add_column(name, justify="left" if name in ("metric", "paper", "verdict") else "right")
+        words = name in ("metric", "paper")
+        table.add_column(name, justify="left" if words or name == "verdict" else "right", no_wrap=not words)
     for c in record["comparisons"]:
         sign = "×" if c["kind"] == "ratio" else "Δ"
         bound = "≥" if c["better"] == "higher" else "≤"
