@@ -35,7 +35,7 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say mor
 def run(
     pipeline: Annotated[Path, typer.Argument(help="A pipeline file (TOML).")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many rows of the source.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="End the stream after this many rows of the source.", min=1)] = None,
     peers: Annotated[bool, typer.Option(help="Run the peers that the pipeline names, and compare.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder of outputs, instead of the one in the file.")] = None,
     as_json: _AsJson = False,
@@ -112,10 +112,12 @@ def methods(
 @app.command()
 def check(slug: _Slug, as_json: _AsJson = False) -> None:
     """Check a method's cell against the contract: bounded, pure, batchable, resumable, and so on."""
+    import jax
+
     from anabranch import catalog, contract
 
     try:
-        report = contract.check(*catalog.example(slug))
+        report = contract.check(*catalog.example(slug), key=jax.random.PRNGKey(0))
     except (LookupError, ValueError) as error:
         _fail(error)
     print(json.dumps(report.to_dict()) if as_json else str(report))

@@ -32,9 +32,7 @@ def _batch(cell: Cell, state: State, xs: PyTree) -> tuple[State, PyTree]:
 def _length(xs: PyTree) -> int:
     lengths = {np.shape(leaf)[0] if np.ndim(leaf) else None for leaf in jax.tree.leaves(xs)}
     if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            f"all inputs need one leading time axis of one length, got {sorted(map(str, lengths))}"
-        )
+        raise ValueError(f"all inputs need one leading time axis of one length, got {sorted(map(str, lengths))}")
     return lengths.pop() or 0
 
 

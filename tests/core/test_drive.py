@@ -75,7 +75,7 @@ class HostMemory(Memory):
 def slowly(xs, ys, delay):
     """The order of events, as a plain simulation: reveal what is due, oldest expiry first; ask; put into the queue."""
     state, queue, answers = np.zeros(2), [], []
-    for t, (x, y) in enumerate(zip(xs, ys)):
+    for t, x in enumerate(xs):
         for due in sorted(q for q in queue if q[0] <= t):
             queue.remove(due)
             state = state * [1.01, 1.0] + [ys[due[1]] + xs[due[1]], 1]

@@ -215,3 +215,18 @@ def test_bad_input():
         keyed.state("never")
     with pytest.raises(ValueError, match="words"):
         keyed.restore(keyed.everything()._replace(rows=np.zeros((0, 1), np.uint32)))
+
+
+class Loops(Cell):
+    """Its step ends only for a state that `init` made: all zeros would be stepped for ever."""
+
+    def init(self, *, key=None):
+        return jnp.ones((), jnp.int32)
+
+    def step(self, state, x):
+        return state, jax.lax.while_loop(lambda c: c < 100, lambda c: c + state, jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize("form", ["loop", "waves"])
+def test_padding_steps_a_state_like_any_other(form):
+    assert Keyed(Loops(), 10, form=form)(["a", "b", "a"], np.zeros(3, np.float32)).tolist() == [100] * 3

@@ -305,3 +305,29 @@ def test_a_missing_column_names_what_there_is(rows, tmp_path):
         make(path, tmp_path / "out").run()
     with pytest.raises(ConfigError, match="no such pipeline file"):
         read(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize("sink", ["parquet", "csv", "sqlite"])
+def test_scores_of_two_classes(rows, tmp_path, sink):
+    path = write_payments(tmp_path, rows, sink=sink)
+    tree = 'cell = "anabranch.learn.trees:HoeffdingTree"\noptions = { D = 14, C = 2, missing = true }'
+    path.write_text(path.read_text().replace('cell = "cards_model:model"', tree))
+    summary = make(path, tmp_path / "out").run()
+    assert summary.metrics["PT"]["auc"] > 0.55 and summary.metrics["PT"]["accuracy"] > 0.75
+    table = outputs(tmp_path / "out", "predictions", sink)
+    assert {"prediction", "score_0", "score_1"} <= set(table.column_names)
+    np.testing.assert_allclose(table["prediction"].to_numpy(), table["score_1"].to_numpy())
+
+
+@pytest.mark.parametrize(("made", "message"), [("HostLearner", "runs on the host"), ("three", "gives 3 numbers")])
+def test_stages_that_cannot_work_are_refused_before_anything_runs(rows, tmp_path, made, message):
+    path = write_payments(tmp_path, rows[:20])
+    (tmp_path / "cards_wrong.py").write_text(
+        "import jax.numpy as jnp\nfrom anabranch import Learner\nfrom anabranch.combine import Map\n"
+        "class Host(Learner):\n    host = True\n"
+        "def HostLearner():\n    return Host()\n"
+        "def three():\n    return Map(lambda e: jnp.zeros(3))\n"
+    )
+    path.write_text(path.read_text().replace("cards_model:model", f"cards_wrong:{made}"))
+    with pytest.raises(ConfigError, match=message):
+        make(path, tmp_path / "out")

@@ -34,12 +34,12 @@ class Recent(Cell):
         clip: observations are clipped to this range.
         memory: minutes after which an age no longer grows.
 
-        >>> cell = Recent(features=1, targets=0, half_lives=[60.0])
-        >>> event = lambda t, x: Event(Timed(jnp.int32(t), jnp.array([x])), Maybe(jnp.zeros(0), False))
-        >>> state, _ = cell.step(cell.init(), event(0, 8.0))
-        >>> state, y = cell.step(state, event(60, float("nan")))  # half of the weight is left: 8 / 2 / (1 / 2 + 1)
-        >>> round(float(y[0]), 3), float(y[2])
-        (2.667, 8.0)
+    >>> cell = Recent(features=1, targets=0, half_lives=[60.0])
+    >>> event = lambda t, x: Event(Timed(jnp.int32(t), jnp.array([x])), Maybe(jnp.zeros(0), False))
+    >>> state, _ = cell.step(cell.init(), event(0, 8.0))
+    >>> state, y = cell.step(state, event(60, float("nan")))  # half of the weight is left: 8 / 2 / (1 / 2 + 1)
+    >>> round(float(y[0]), 3), float(y[2])
+    (2.667, 8.0)
 
     Raises:
         ValueError: if there is no column or no half-life, or a half-life is not positive.

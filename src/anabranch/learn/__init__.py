@@ -23,9 +23,10 @@ from anabranch.learn.metrics import (
     Metric,
     WindowedAccuracy,
 )
+from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 
 __all__ = [
-    "ADWIN", "DDM", "ROCAUC", "Accuracy", "Alarm", "Calibration", "Detector", "Kappa", "KappaM", "KappaT",
+    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Calibration", "Detector", "HoeffdingTree", "Kappa", "KappaM", "KappaT",
     "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler",
     "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
 ]  # fmt: skip

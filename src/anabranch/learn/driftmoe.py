@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, UInt32
@@ -252,3 +253,13 @@ class DriftMoE(Learner):
         n = n + learns
         new = mean + (x - mean) / jnp.maximum(n, 1.0)
         return n, jnp.where(learns, new, mean), jnp.where(learns, squares + (x - mean) * (x - new), squares)
+
+
+def example() -> tuple[DriftMoE, Event]:
+    """Three small experts on two features, and 72 events of two classes."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(72, 2)).astype(np.float32)
+    # Unequal weights: where votes tie, scores jump and have no slope.
+    weight = rng.uniform(1.1, 1.9, 72).astype(np.float32)
+    label = (x[:, 0] > 0.2).astype(np.int32)
+    return DriftMoE(2, 2, E=3, top_k=2, max_leaves=4, batch=32), Event(x, Maybe(label, np.ones(72, bool)), weight)

@@ -232,7 +232,7 @@ class HoeffdingTree(Learner):
         scores, majority, bayes = self._vote(leaf, x)
 
         good = self.acceptable(x, y, weight)
-        y = jnp.clip(y, 0, self.C - 1)
+        y = jnp.clip(y, 0, self.C - 1).astype(jnp.int32)
         weight = jnp.where(valid & good, weight, 0.0)
         empty = leaf.weight.sum() == 0
         hits = jnp.stack([jnp.asarray(True), empty | (majority == y), ~empty & (bayes == y)])

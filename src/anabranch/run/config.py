@@ -67,9 +67,7 @@ class LabelConfig(Section):
     @model_validator(mode="after")
     def _one_way(self):
         if self.time is not None and self.id is not None:
-            raise ValueError(
-                "a label has either a time (it is in its event's row) or an id (it is a row of its own)"
-            )
+            raise ValueError("a label has either a time (it is in its event's row) or an id (it is a row of its own)")
         return self
 
 

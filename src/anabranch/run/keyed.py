@@ -29,8 +29,9 @@ from jaxtyping import PyTree, UInt32
 from anabranch.cell import Cell, State, noise
 from anabranch.state import Packing
 
-LOOP_FLOPS = 20_000
-"""A step with more arithmetic than this runs in waves (bench/keyed.py --forms; the two cross between 10 and 50 k)."""
+LOOP_FLOPS = 300_000
+"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has a GRU(128) with 0.1 M flops faster
+in the loop, a GRU(256) with 0.4 M in waves, if keys are uniform; the more skewed they are, the later the two cross."""
 SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a micro-batch; a longer one is cut."""
 
@@ -79,9 +80,7 @@ class Keyed:
         folder: str | Path | None = None,
     ):
         if cell.coupled:
-            raise ValueError(
-                f"{type(cell).__name__} is coupled: its rows have no states of their own"
-            )
+            raise ValueError(f"{type(cell).__name__} is coupled: its rows have no states of their own")
         if capacity < 1:
             raise ValueError(f"capacity must be positive, got {capacity}")
         if form not in (None, "loop", "waves"):
@@ -104,13 +103,16 @@ class Keyed:
         self._packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
         per_shard = -(-capacity // self._shards)
         self.capacity = capacity = per_shard * self._shards
-        # One row more than keys: where padding reads and writes.
-        self._rows = [jnp.zeros((per_shard + 1, self._packing.words), jnp.uint32) for _ in range(self._shards)]
+        first = [np.asarray(_fresh_rows(cell, seed, np.array([i], np.uint32))) for i in (1, 2, 3)]
+        self._template = first[0] if all((row == first[0]).all() for row in first) else None
+        # The last row is of no key: what padding reads, a state like any other. What padding writes is dropped.
+        blank = np.zeros((per_shard + 1, self._packing.words), np.uint32)
+        blank[-1] = first[0][0]
+        self._rows = [jnp.array(blank) for _ in range(self._shards)]
+        self._out_of_bounds = per_shard + 1
         self._owner = np.full(capacity, -1, np.int64)
         self._used = np.full(capacity, -1, np.int64)
         self._spill = Spill(self._packing.words, memory, folder)
-        first = [np.asarray(_fresh_rows(cell, seed, np.array([i], np.uint32))) for i in (1, 2, 3)]
-        self._template = first[0] if all((row == first[0]).all() for row in first) else None
 
     # The stream
 
@@ -201,14 +203,13 @@ class Keyed:
         turn[order] = np.arange(len(slots)) - start  # the how-manieth event of its key
         by_turn = np.argsort(turn, kind="stable")
         bounds = np.flatnonzero(np.r_[True, np.diff(turn[by_turn]) != 0, True])
-        rows_of = -(-self.capacity // self._shards)
         out: PyTree = None
         for a, b in itertools.pairwise(bounds):
             for at in range(a, b, WIDTHS[-1]):
                 events = by_turn[at : min(at + WIDTHS[-1], b)]
                 width = next(w for w in WIDTHS if w >= len(events))
                 x = _pad(jax.tree.map(lambda leaf, e=events: leaf[e], xs), width)
-                local = np.full(width, rows_of, np.int32)
+                local = np.full(width, self._out_of_bounds, np.int32)
                 local[: len(events)] = slots[events]
                 self._rows[0], ys = _wave((self.cell, local, x), self._rows[0])
                 if out is None:
@@ -316,6 +317,8 @@ class Keyed:
     def _read(self, numbers: np.ndarray) -> np.ndarray:
         """Copies of the rows of these keys, wherever they are."""
         place = self._place[numbers]
+        if (place >= 0).all():  # a checkpoint of many keys: not one copy more than needed
+            return self._gather(place)
         rows = np.empty((len(numbers), self._packing.words), np.uint32)
         rows[place >= 0] = self._gather(place[place >= 0])
         rows[place < 0] = self._spill.read(-1 - place[place < 0])
@@ -330,12 +333,11 @@ class Keyed:
         return rows
 
     def _scatter(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        scratch = self.capacity // self._shards
         for i in range(self._shards):
             mine = np.flatnonzero(slots % self._shards == i)
             if len(mine):
                 local = (slots[mine] // self._shards).astype(np.int32)
-                self._rows[i] = _put(self._rows[i], _pad(local, fill=scratch), _pad(rows[mine]))
+                self._rows[i] = _put(self._rows[i], _pad(local, fill=self._out_of_bounds), _pad(rows[mine]))
 
     # Checkpoints
 
@@ -499,7 +501,7 @@ def _wave(call, rows):
     packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
     states = jax.vmap(packing.unpack)(rows[slots])
     states, ys = jax.vmap(lambda state, x: cell.step(state, x))(states, xs)
-    return rows.at[slots].set(jax.vmap(packing.pack)(states)), ys
+    return rows.at[slots].set(jax.vmap(packing.pack)(states), mode="drop"), ys
 
 
 @eqx.filter_jit
@@ -519,7 +521,7 @@ def _take(rows, slots):
 
 @eqx.filter_jit(donate="all")
 def _put(rows, slots, new):
-    return rows.at[slots].set(new)
+    return rows.at[slots].set(new, mode="drop")
 
 
 def _flops(cell: Cell, x: PyTree) -> float:

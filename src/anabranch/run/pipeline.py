@@ -84,6 +84,12 @@ class Pipeline:
             cell = self._cell(i, stage, features)
             widths[stage.name] = self._width(i, cell, stage, features)
             self.stages.append(Stage(stage, cell, config.seed))
+        last = config.stage[-1]
+        if config.label is not None and config.label.kind == "binary" and widths[last.name] not in (1, 2):
+            raise ConfigError(
+                f"stage[{len(config.stage) - 1}]: a binary label needs a probability, or the scores of two classes; "
+                f"{last.cell} gives {widths[last.name]} numbers"
+            )
         self._peers = [resolve(name, folder, f"report.peers[{i}]") for i, name in enumerate(config.report.peers)]
         self._call = (
             resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
@@ -110,9 +116,9 @@ class Pipeline:
     def _width(self, i: int, cell: Cell, config, features: int) -> int:
         """How many numbers the stage answers with; also the first trial of the cell on inputs as it will get them."""
         if cell.host:
-            return 1
+            raise ConfigError(f"stage[{i}].cell: {config.cell} runs on the host: its states could not be checkpointed")
         label = self.config.label
-        whole = label is not None and label.kind == "classes" and not config.targets
+        whole = label is not None and label.kind != "value" and not config.targets
         target = jnp.zeros(len(config.targets) if config.targets else (), jnp.int32 if whole else jnp.float32)
         x: Any = jnp.zeros(features)
         event = Event(Timed(jnp.int32(0), x) if config.time else x, Maybe(target, jnp.array(False)), jnp.float32(1))
@@ -408,7 +414,7 @@ class Pipeline:
                 names = ["target:" + name for name in stage.config.targets]
                 columns = [pending[name][slot] for name in names] or [pending["label"][slot]]
                 target = np.stack(columns, axis=1) if names else columns[0]
-                dtype = np.int32 if self.kind == "classes" and not names else np.float32
+                dtype = np.float32 if self.kind == "value" or names else np.int32
                 hidden = is_tell if target.ndim == 1 else is_tell[:, None]
                 target = np.where(hidden, target, 0).astype(
                     dtype
@@ -478,8 +484,6 @@ class Pipeline:
         arrays: dict[str, Any] = {}
         everything = self.checkpoints.wants_everything
         for stage in self.stages:
-            if stage.keyed.cell.host:
-                raise ConfigError(f"stage {stage.name!r} runs on the host and cannot be checkpointed")
             saved = stage.keyed.everything() if everything else stage.keyed.changed()
             arrays[f"stage/{stage.name}"] = {"keys": pack_keys(saved.keys), "rows": saved.rows}
         numbers, other = self.pending.save()
@@ -542,7 +546,13 @@ class Pipeline:
         Each peer of the configuration is called with the source's table and yields `(group, times, targets,
         predictions)`; only what was asked after `report.after` counts.
         """
-        table = self._source if self._source is not None else self._call() if self._call is not None else None
+        if self._source is None and self._call is None:
+            if self.config.source.kind == "stdin":
+                log.warning("nothing is compared: standard input cannot be read twice")
+                return {}
+            table = pa.concat_tables([block.table for block in open_source(self.config.source, None)])
+        else:
+            table = self._source if self._call is None else self._call()
         found: dict[str, dict[str, dict[str, Any]]] = {}
         status = Console(stderr=True, quiet=not progress)
         for peer in self._peers:
@@ -577,16 +587,18 @@ def _columns(answer: Any, kind: str) -> tuple[dict[str, Any], np.ndarray]:
         value = np.asarray(leaves[0][1])
         if value.ndim == 1:
             return {"prediction": pa.array(value)}, value.astype(np.float64)
-        if kind == "classes" and value.ndim == 2:
-            best = value.argmax(1)
-            scores = pa.FixedSizeListArray.from_arrays(pa.array(value.ravel()), value.shape[1])
-            return {"prediction": pa.array(best), "scores": scores}, best.astype(np.float64)
+        if value.ndim == 2 and kind in ("binary", "classes"):
+            best = value[:, -1] if kind == "binary" else value.argmax(1)
+            scores = {f"score_{c}": pa.array(value[:, c]) for c in range(value.shape[1])}
+            return {"prediction": pa.array(best), **scores}, best.astype(np.float64)
     columns = {}
     for path, leaf in leaves:
         value = np.asarray(leaf)
         name = jax.tree_util.keystr(path).strip(".[]'") or "prediction"
-        flat = pa.array(value.reshape(-1))
-        columns[name] = flat if value.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, int(value[0].size))
+        if value.ndim == 1:
+            columns[name] = pa.array(value)
+        else:
+            columns |= {f"{name}_{i}": pa.array(part) for i, part in enumerate(value.reshape(len(value), -1).T)}
     first = np.asarray(leaves[0][1])
     return columns, (first if first.ndim == 1 else first.reshape(len(first), -1)[:, 0]).astype(np.float64)
 

@@ -130,7 +130,8 @@ def _page(pipeline: Pipeline, summary: Summary, scores, sections) -> str:
     e = html.escape
     facts = {
         "events": f"{summary.events:,}", "events/s": f"{summary.events_per_s:,.0f}",
-        "seconds": f"{summary.seconds:.1f}", "keys": f"{sum(summary.keys.values()):,}", "dead letters": f"{summary.dead_letters:,}",
+        "seconds": f"{summary.seconds:.1f}", "keys": f"{sum(summary.keys.values()):,}",
+        "dead letters": f"{summary.dead_letters:,}",
         **{f"labels {name}": f"{count:,}" for name, count in summary.labels.items() if count},
     }  # fmt: skip
     cells = "".join(f"<div><b>{e(v)}</b><span>{e(k)}</span></div>" for k, v in facts.items())
