@@ -26,7 +26,7 @@ from anabranch.learn.metrics import (
 from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 
 __all__ = [
-    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Calibration", "Detector", "HoeffdingTree", "Kappa", "KappaM", "KappaT",
-    "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler",
-    "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
+    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Calibration", "Detector", "HoeffdingTree",
+    "Kappa", "KappaM", "KappaT", "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley",
+    "Scaled", "Scaler", "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
 ]  # fmt: skip
