@@ -476,7 +476,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
         left.bar(at, height, 0.8 / len(names), yerr=error, label=name, error_kw={"lw": 0.8})
     left.set(yscale="log", ylabel="events a second", title=f"{record['skew']['keys']:,} keys, one model each")
     left.set_xticks(range(len(rows)), [row["keys"] for row in rows])
-    left.legend(fontsize=7, ncols=2)
+    left.set_ylim(top=1e8)  # room for the legend
+    left.legend(fontsize=7, ncols=3, loc="upper center")
     rows = record["spill"]["rows"]
     kinds = list(dict.fromkeys(row["keys"] for row in rows))
     places = list(dict.fromkeys(row["room"] for row in rows))
@@ -485,7 +486,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         middle.bar(np.arange(len(kinds)) + (i - 1) * 0.27, height, 0.27, label=room)
     middle.set(ylabel="events a second", title=f"{record['spill']['keys']:,} keys, room for all or for a tenth")
     middle.set_xticks(range(len(kinds)), kinds)
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=7, loc="upper left")
     rows = record["growth"]["rows"]
     right.plot([r["events"] for r in rows], [r["events_per_second"]["median"] for r in rows], "o-")
     right.set(xscale="log", xlabel="events of the stream", ylabel="events a second", title="longer streams")
