@@ -1,5 +1,6 @@
 """What the benchmarks share: runs in turn, medians with their spread, one JSON file each with the machine."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +54,15 @@ def resident() -> int:
     raise RuntimeError("/proc/self/status says no RssAnon")
 
 
+def free_cores() -> float:
+    """How many cores this process gets at the moment: threads that hash side by side, against one that hashes."""
+    cores, data = os.cpu_count() or 1, bytes(50_000_000)
+    digest = lambda _: hashlib.sha256(data).digest()
+    with ThreadPoolExecutor(cores) as pool:
+        spent = in_turn({n: lambda n=n: timed(lambda: list(pool.map(digest, range(n))))[1] for n in (1, cores)}, 3)
+    return round(cores * statistics.median(spent[1]) / statistics.median(spent[cores]), 2)
+
+
 def machine() -> dict[str, Any]:
     """Where this runs, and how busy it is."""
     model = platform.processor() or platform.machine()
@@ -59,7 +70,7 @@ def machine() -> dict[str, Any]:
     if info.exists():
         named = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line)
         model = next(named, model)
-    return {"cpu": model, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+    return {"cpu": model, "cores": os.cpu_count(), "free_cores": free_cores(), "load": round(os.getloadavg()[0], 2)}
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -199,6 +199,8 @@ def skew(sizes: Sizes, python: str) -> dict[str, Any]:
         "a quarter of numba": {row["keys"]: row["anabranch_over"]["numba"]["median"] >= 0.25 for row in rows},
     }
     print("targets:", targets)
+    for tool, reason in absent.items():
+        print(f"{tool} was not run: {reason}")
     return {
         "keys": sizes.keys, "events": sizes.events, "prefix": sizes.prefix, "features": FEATURES,
         "distributions": rows, "targets": targets, "peer_versions": found, "not_run": absent,
@@ -359,12 +361,12 @@ def checkpoints(sizes: Sizes) -> dict[str, Any]:
     """Periods of ten seconds in turn: one undisturbed, one that begins with a checkpoint of all that changed."""
     rows, batch = [], min(32768, sizes.segment)
     for name in ("uniform", "zipf 1.2"):
-        n = 32 * batch
-        xs = events(make(np.zeros(n, np.int64), 1))
-        drawn = draw(np.random.default_rng(4), sizes.many, n, KEYS[name])
-        blocks = itertools.cycle([(drawn[i : i + batch], head(xs, batch, i)) for i in range(0, n, batch)])
+        xs = events(make(np.zeros(batch, np.int64), 1))
+        # Five events a key: uniform keys nearly all change from one checkpoint to the next.
+        drawn = draw(np.random.default_rng(4), sizes.many, 5 * sizes.many // batch * batch, KEYS[name])
+        blocks = itertools.cycle([(keys, xs) for keys in drawn.reshape(-1, batch)])
         keyed = Keyed(CELL, sizes.many)
-        fill(keyed, sizes.many, head(xs, batch))
+        fill(keyed, sizes.many, xs)
         with tempfile.TemporaryDirectory(prefix="keyed-") as folder:
             saver, saves = Checkpoints(folder), []
 

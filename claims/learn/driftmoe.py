@@ -4,6 +4,9 @@ Four synthetic streams of the paper, shortened from 1,000,000 to 60,000 events w
 Baselines: one of the experts by itself; the same experts with a random one answering and three random ones learning;
 an adaptive random forest of ten trees. Prequential, every label known at once. The paper's covtype, airlines and its
 stream lengths are not reproduced.
+
+A first recorded run held every tree to 32 leaves, which filled up on elec2 and weakened the single tree; all trees now
+have 64, and nothing else has changed.
 """
 
 import csv
@@ -92,7 +95,7 @@ def kappas(accuracy: float, ys: np.ndarray) -> str:
 
 def measure(name: str, stream, D: int, C: int, nominal, seeds) -> tuple[dict[str, list[float]], str]:
     """Accuracies of all methods over the seeds, and a line to report."""
-    expert = HoeffdingTree(D, C, max_leaves=32, grace=50, delta=1e-7, nominal=nominal)
+    expert = HoeffdingTree(D, C, max_leaves=64, grace=50, delta=1e-7, nominal=nominal)
     methods = {
         "data": DriftMoE(D, C, nominal=nominal),
         "tree": expert,
@@ -173,10 +176,11 @@ def experiment(size: Size) -> list[Comparison]:
         near += mean["data"] >= mean["forest"] - 5.0
     reports.append("the task variant is an online MLP: its experts decide nothing")
     note = "accuracies in %: " + " | ".join(reports)
+    why = "where it falls short, likely: the forest watches for drift and replaces its trees, the experts never forget"
     counts = [
         ("streams of 6 at least 1 point above random routing", ahead, 4.0, note),
         ("streams of 6 at most 0.5 points below one tree", level, 4.0, ""),
-        ("streams of 6 at most 5 points below a forest of ten", near, 3.0, ""),
+        ("streams of 6 at most 5 points below a forest of ten", near, 3.0, why),
     ]
     paper = "competitive with ARF and other adaptive ensembles on nine streams"
     comparisons = [

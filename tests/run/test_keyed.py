@@ -87,6 +87,18 @@ def test_equals_a_sequential_loop(form, skew):
         assert int(keyed.state(some)["n"]) == int(states[some]["n"])
 
 
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "one"])
+def test_the_form_is_chosen_by_arithmetic_and_changes_nothing(skew, monkeypatch):
+    keys, xs = stream(600, 300, skew)
+    expected, states = sequential(keys, xs)
+    monkeypatch.setattr("anabranch.run.keyed.LOOP_FLOPS", 1)
+    keyed = Keyed(CELL, 300, threads=3)  # sharded, before it is known that it will run in waves
+    np.testing.assert_allclose(run(keyed, keys, xs, [1, 99, 500]), expected, atol=1e-6)
+    assert keyed.form(xs[0]) == "waves"
+    for key, state in states.items():
+        np.testing.assert_allclose(keyed.state(int(key))["h"], state["h"], atol=1e-6)
+
+
 @pytest.mark.parametrize("memory", [1000, 10, 0])
 def test_keys_beyond_capacity_come_back_bit_for_bit(memory, tmp_path):
     keys, xs = stream(900, 200, "uniform")

@@ -119,7 +119,7 @@ class DriftMoE(Learner):
         top_k: int = 3,
         mode: Literal["data", "task"] = "data",
         *,
-        max_leaves: int = 32,
+        max_leaves: int = 64,
         nominal: tuple[int, ...] = (),
         n_values: int = 2,
         batch: int = 256,

@@ -201,17 +201,19 @@ class Keyed:
         start = np.maximum.accumulate(np.where(first, np.arange(len(slots)), 0))
         turn = np.empty(len(slots), np.int64)
         turn[order] = np.arange(len(slots)) - start  # the how-manieth event of its key
-        by_turn = np.argsort(turn, kind="stable")
-        bounds = np.flatnonzero(np.r_[True, np.diff(turn[by_turn]) != 0, True])
+        wave = turn * self._shards + slots % self._shards  # a wave runs over the rows of one shard
+        by_wave = np.argsort(wave, kind="stable")
+        bounds = np.flatnonzero(np.r_[True, np.diff(wave[by_wave]) != 0, True])
         out: PyTree = None
         for a, b in itertools.pairwise(bounds):
             for at in range(a, b, WIDTHS[-1]):
-                events = by_turn[at : min(at + WIDTHS[-1], b)]
+                events = by_wave[at : min(at + WIDTHS[-1], b)]
                 width = next(w for w in WIDTHS if w >= len(events))
                 x = _pad(jax.tree.map(lambda leaf, e=events: leaf[e], xs), width)
                 local = np.full(width, self._out_of_bounds, np.int32)
-                local[: len(events)] = slots[events]
-                self._rows[0], ys = _wave((self.cell, local, x), self._rows[0])
+                local[: len(events)] = slots[events] // self._shards
+                shard = slots[events[0]] % self._shards
+                self._rows[shard], ys = _wave((self.cell, local, x), self._rows[shard])
                 if out is None:
                     out = jax.tree.map(lambda leaf: np.empty((len(slots), *leaf.shape[1:]), leaf.dtype), ys)
                 for whole, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(ys)):
