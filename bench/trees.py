@@ -8,14 +8,12 @@ and `trees.png`.
 """
 
 import argparse
-import csv
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import time
-import types
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +21,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from river.forest import ARFClassifier
+from river.tree import HoeffdingTreeClassifier
 
 from anabranch import Event, Maybe
 from anabranch.learn.streams import SEA, elec2, take
 from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 from anabranch.run.keyed import Keyed
-
-csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
-from river.forest import ARFClassifier  # noqa: E402
-from river.tree import HoeffdingTreeClassifier  # noqa: E402
 
 Runner = Callable[[int], np.ndarray]  # repeat → predicted classes
 

@@ -9,10 +9,8 @@ A first recorded run held every tree to 32 leaves, which filled up on elec2 and 
 have 64, and nothing else has changed.
 """
 
-import csv
 import statistics
 import time
-import types
 
 import equinox as eqx
 import jax
@@ -126,7 +124,6 @@ def measure(name: str, stream, D: int, C: int, nominal, seeds) -> tuple[dict[str
 
 def throughput(xs: np.ndarray, ys: np.ndarray, repeats: int, prefix: int) -> list[Comparison]:
     """Events a second on one stream, ours on all of it and River's forest on a prefix, in turn."""
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     try:
         from river.forest import ARFClassifier
     except ImportError:

@@ -1,8 +1,5 @@
 """Learners as River and scikit-learn estimators, and the other way round."""
 
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +15,6 @@ T, D = 300, 4
 
 @pytest.fixture(scope="module")
 def river():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     river = pytest.importorskip("river")
     from river import compose, evaluate, linear_model, metrics, naive_bayes, optim, preprocessing  # noqa: F401
 

@@ -1,8 +1,5 @@
 """Detectors against River on the same streams, against hand-made ones, and in batches of unequal age."""
 
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +12,6 @@ DETECTORS = {"ADWIN": ADWIN(), "DDM": DDM(), "PageHinkley": PageHinkley(threshol
 
 @pytest.fixture(scope="module")
 def drift():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     return pytest.importorskip("river.drift")
 
 

@@ -1,6 +1,3 @@
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +90,6 @@ def by_the_paper(params, x, y, E, top_k, batch):
 
 
 def test_data_mode_is_the_paper_s(stream):
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     pytest.importorskip("river")
     x, y = stream
     cell = DriftMoE(D, C, E=6, top_k=2, batch=32)

@@ -1,8 +1,5 @@
 """Linear models and the scaler against River on the same 2,000 rows, and by hand."""
 
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +22,6 @@ T, D = 2000, 6
 
 @pytest.fixture(scope="module")
 def river():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     river = pytest.importorskip("river")
     from river import compose, linear_model, optim, preprocessing  # noqa: F401
 

@@ -1,8 +1,5 @@
 """Metrics against River's and scikit-learn's on the same predictions, and by hand."""
 
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +21,6 @@ T, C = 1500, 4
 
 @pytest.fixture(scope="module")
 def river():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     river = pytest.importorskip("river")
     from river import metrics, utils  # noqa: F401
 

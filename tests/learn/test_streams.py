@@ -1,8 +1,5 @@
 """Generators against the rules and the moments of River's, and the real streams against known figures."""
 
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +25,6 @@ N = 10_000
 
 @pytest.fixture(scope="module")
 def synth():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     return pytest.importorskip("river.datasets").synth
 
 

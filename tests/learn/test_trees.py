@@ -1,6 +1,3 @@
-import csv
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +11,6 @@ T = 5000
 
 @pytest.fixture(scope="module")
 def river():
-    csv.DictReader.__class_getitem__ = classmethod(types.GenericAlias)  # as in Python 3.12; River 0.26 relies on it
     river = pytest.importorskip("river")
     from river import forest, tree  # noqa: F401
     from river.datasets import synth  # noqa: F401
