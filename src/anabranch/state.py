@@ -98,6 +98,16 @@ class Packing:
             rows = jax.lax.dynamic_update_slice(rows, part[None], (at, start))
         return rows
 
+    def get(self, rows: UInt32[Array, "n words"], at: Any) -> State:
+        """The state in the row at `at`, leaf by leaf: the other half of `put`."""
+        leaves = [
+            slot.static
+            if slot.dtype is None
+            else _from_words(jax.lax.dynamic_slice(rows, (at, slot.start), (1, slot.words))[0], slot.shape, slot.dtype)
+            for slot in self._slots
+        ]
+        return jax.tree.unflatten(self._tree, leaves)
+
     def unpack(self, row: UInt32[Array, " words"]) -> State:
         """The state of a row.
 

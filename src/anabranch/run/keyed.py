@@ -12,8 +12,10 @@ Keys beyond `capacity` spill, least recently used first, to host memory and then
 
 import hashlib
 import itertools
+import math
 import os
 import tempfile
+import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +35,7 @@ LOOP_FLOPS = 300_000
 """A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has a GRU(128) with 0.1 M flops faster
 in the loop, a GRU(256) with 0.4 M in waves, if keys are uniform; the more skewed they are, the later the two cross."""
 SIZES = (256, 4096, 32768, 131_072)
-"""Compiled lengths of a micro-batch; a longer one is cut."""
+"""Compiled lengths of a loop; a longer micro-batch runs in several."""
 
 
 class Rows(NamedTuple):
@@ -100,6 +102,8 @@ class Keyed:
         threads = min(cores, 8) if threads is None else threads
         self._shards = max(1, min(threads, capacity // 64)) if form != "waves" else 1
         self._pool = ThreadPoolExecutor(self._shards) if self._shards > 1 else None
+        self._lock = threading.Lock()
+        self._staged: dict[tuple, list[np.ndarray]] = {}
         self._packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
         per_shard = -(-capacity // self._shards)
         self.capacity = capacity = per_shard * self._shards
@@ -131,15 +135,11 @@ class Keyed:
             raise ValueError(f"{n} keys came with inputs of length {sorted(lengths)}")
         if n == 0:
             raise ValueError("a micro-batch needs at least one event")
-        xs = jax.tree.map(lambda leaf: np.asarray(leaf) if np.ndim(leaf) else np.full(n, leaf), xs)
+        xs = jax.tree.map(lambda leaf: leaf if np.ndim(leaf) else np.full(n, leaf), xs)
         if self.cell.host:
-            return self._step_host(keys, xs)
-        parts = []
-        for start in range(0, n, SIZES[-1]):
-            stop = min(start + SIZES[-1], n)
-            part = keys[start:stop] if isinstance(keys, list) else keys.slice(start, stop - start)
-            parts.append(self._step(part, jax.tree.map(lambda leaf, a=start, b=stop: leaf[a:b], xs)))
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: np.concatenate(ys), *parts)
+            return self._step_host(keys, jax.tree.map(np.asarray, xs))
+        xs = jax.tree.map(lambda leaf: np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)), xs)
+        return self._step(keys, xs)
 
     def _step(self, keys, xs: PyTree) -> PyTree:
         codes, unique = _factorize(keys)
@@ -152,10 +152,10 @@ class Keyed:
         numbers = self._number(unique)
         self._admit(numbers)
         self._dirty[numbers] = True
-        slots = self._place[numbers][codes]
-        if self.form(jax.tree.map(lambda leaf: leaf[0], xs)) == "waves":
-            return self._waves(slots, xs)
-        return self._loop(slots, xs)
+        slots = self._place[numbers]
+        shard, local = slots % self._shards, (slots // self._shards).astype(np.int32)
+        run = self._waves if self.form(jax.tree.map(lambda leaf: leaf[0], xs)) == "waves" else self._loop
+        return run(shard.astype(np.int32)[codes], local[codes], xs)
 
     def form(self, x: PyTree) -> str:
         """Which form micro-batches of inputs like `x` run in."""
@@ -164,44 +164,50 @@ class Keyed:
             self._form = "loop" if jax.default_backend() == "cpu" and flops <= LOOP_FLOPS else "waves"
         return self._form
 
-    def _loop(self, slots: np.ndarray, xs: PyTree) -> PyTree:
-        n, size = len(slots), next(s for s in SIZES if s >= len(slots))
-        xs = _pad(xs, size)
-        if self._shards == 1:
-            orders = [np.arange(n, dtype=np.int32)]
+    def _loop(self, shard: np.ndarray, local: np.ndarray, xs: PyTree) -> PyTree:
+        out: PyTree = None
+
+        def run(i: int) -> None:
+            nonlocal out
+            mine = np.flatnonzero(shard == i)
+            for start in range(0, len(mine), SIZES[-1]):
+                part = mine[start : start + SIZES[-1]]
+                slots, x = self._stage(i, part, (local, xs))
+                self._rows[i], ys = _loop_over((self.cell, slots, np.int32(len(part)), x), self._rows[i])
+                ys = jax.tree.map(np.asarray, ys)
+                with self._lock:
+                    if out is None:
+                        out = jax.tree.map(lambda leaf: np.empty((len(shard), *leaf.shape[1:]), leaf.dtype), ys)
+                jax.tree.map(lambda whole, leaf, at=part: whole.__setitem__(at, leaf[: len(at)]), out, ys)
+
+        if self._pool is None:
+            run(0)
         else:
-            shard = slots % self._shards
-            orders = [np.flatnonzero(shard == i).astype(np.int32) for i in range(self._shards)]
+            list(self._pool.map(run, range(self._shards)))
+        return out
 
-        def run(i):
-            order = orders[i]
-            if not len(order):
-                return None
-            local = slots[order] // self._shards
-            call = (self.cell, _pad(local.astype(np.int32), size), _pad(order, size), np.int32(len(order)), xs)
-            self._rows[i], ys = _loop_over(call, self._rows[i])
-            return jax.block_until_ready(ys)
+    def _stage(self, shard: int, part: np.ndarray, whole: PyTree) -> PyTree:
+        """These events of `whole`, padded to a compiled length, in arrays that are used again for later ones.
 
-        parts = [run(0)] if self._pool is None else list(self._pool.map(run, range(self._shards)))
-        done = [(order, ys) for order, ys in zip(orders, parts) if ys is not None]
-        if len(done) == 1:
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[:n], done[0][1])
+        Fresh arrays for every call cost more than the copy: the system has to make their pages first.
+        """
+        size = next(s for s in SIZES if s >= len(part))
+        leaves, tree = jax.tree.flatten(whole)
+        name = (shard, size, tree, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        if name not in self._staged:
+            self._staged[name] = [_aligned((size, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+        for leaf, staged in zip(leaves, self._staged[name]):
+            np.take(leaf, part, axis=0, out=staged[: len(part)], mode="clip")  # other modes copy once more
+        return jax.tree.unflatten(tree, self._staged[name])
 
-        def merge(*leaves):
-            out = np.empty((n, *leaves[0].shape[1:]), leaves[0].dtype)
-            for (order, _), leaf in zip(done, leaves):
-                out[order] = np.asarray(leaf)[: len(order)]
-            return out
-
-        return jax.tree.map(merge, *(ys for _, ys in done))
-
-    def _waves(self, slots: np.ndarray, xs: PyTree) -> PyTree:
+    def _waves(self, shard: np.ndarray, local: np.ndarray, xs: PyTree) -> PyTree:
+        slots = local.astype(np.int64) * self._shards + shard
         order = np.argsort(slots, kind="stable")
         first = np.r_[True, np.diff(slots[order]) != 0]
         start = np.maximum.accumulate(np.where(first, np.arange(len(slots)), 0))
         turn = np.empty(len(slots), np.int64)
         turn[order] = np.arange(len(slots)) - start  # the how-manieth event of its key
-        wave = turn * self._shards + slots % self._shards  # a wave runs over the rows of one shard
+        wave = turn * self._shards + shard  # a wave runs over the rows of one shard
         by_wave = np.argsort(wave, kind="stable")
         bounds = np.flatnonzero(np.r_[True, np.diff(wave[by_wave]) != 0, True])
         out: PyTree = None
@@ -210,10 +216,9 @@ class Keyed:
                 events = by_wave[at : min(at + WIDTHS[-1], b)]
                 width = next(w for w in WIDTHS if w >= len(events))
                 x = _pad(jax.tree.map(lambda leaf, e=events: leaf[e], xs), width)
-                local = np.full(width, self._out_of_bounds, np.int32)
-                local[: len(events)] = slots[events] // self._shards
-                shard = slots[events[0]] % self._shards
-                self._rows[shard], ys = _wave((self.cell, local, x), self._rows[shard])
+                i = shard[events[0]]
+                call = (self.cell, _pad(local[events], width, fill=self._out_of_bounds), x)
+                self._rows[i], ys = _wave(call, self._rows[i])
                 if out is None:
                     out = jax.tree.map(lambda leaf: np.empty((len(slots), *leaf.shape[1:]), leaf.dtype), ys)
                 for whole, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(ys)):
@@ -460,6 +465,14 @@ class Spill:
         return free + self.memory
 
 
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that XLA can use where they are: it copies arrays that do not begin on a cache line."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
 def _oldest(ids: np.ndarray, stamps: np.ndarray, count: int) -> np.ndarray:
     count = min(len(ids), count)
     return ids[np.argpartition(stamps, count - 1)[:count]]
@@ -476,24 +489,23 @@ def _grow(array: np.ndarray, size: int, fill: Any) -> np.ndarray:
 
 @eqx.filter_jit(donate="all-except-first")
 def _loop_over(call, rows):
-    cell, slots, order, n, xs = call
+    cell, slots, n, xs = call
     packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
     at = lambda i: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), xs)
-    shape = jax.eval_shape(lambda row, x: cell.step(packing.unpack(row), x)[1], rows[0], at(0))
-    ys = jax.tree.map(lambda s: jnp.zeros((len(order), *s.shape), s.dtype), shape)
+    first, static = eqx.partition(packing.get(rows, slots[0]), eqx.is_array)
+    shape = jax.eval_shape(lambda state, x: cell.step(eqx.combine(state, static), x)[1], first, at(0))
+    ys = jax.tree.map(lambda s: jnp.zeros((len(slots), *s.shape), s.dtype), shape)
 
-    read = lambda rows, i: jax.lax.dynamic_slice(rows, (slots[i], 0), (1, packing.words))[0]
-
-    # The row of the next event is read at the end of a turn, from the rows as they are then, and carried over. Read
+    # The state of the next event is read at the end of a turn, from the rows as they are then, and carried over. Read
     # where it is used, XLA would fuse the read into its uses, see rows both read and written, and copy all of them.
     def body(i, carry):
-        rows, row, ys = carry
-        state, y = cell.step(packing.unpack(row), at(order[i]))
+        rows, state, ys = carry
+        state, y = cell.step(eqx.combine(state, static), at(i))
         rows = packing.put(rows, slots[i], state)
         ys = jax.tree.map(lambda all, new: jax.lax.dynamic_update_index_in_dim(all, new, i, 0), ys, y)
-        return rows, read(rows, i + 1), ys
+        return rows, eqx.filter(packing.get(rows, slots[i + 1]), eqx.is_array), ys
 
-    rows, _, ys = jax.lax.fori_loop(0, n, body, (rows, read(rows, 0), ys))
+    rows, _, ys = jax.lax.fori_loop(0, n, body, (rows, first, ys))
     return rows, ys
 
 
