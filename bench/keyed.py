@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,8 +341,9 @@ def period(keyed: Keyed, blocks: Iterator, seconds: float, saver: Checkpoints | 
     """Events a second over some seconds, which begin with a checkpoint where there is a saver."""
     begin, count, stall, written, size = time.perf_counter(), 0, 0.0, 0.0, 0
     if saver is not None:
+        saver.wait()
         saved = keyed.everything() if saver.wants_everything else keyed.changed()
-        saver.save({"keys": pack_keys(saved.keys), "rows": saved.rows}, {})
+        saver.save({"keys": partial(pack_keys, saved.keys), "numbers": saved.numbers, "rows": saved.rows}, {})
         stall, size = time.perf_counter() - begin, saved.rows.nbytes
         del saved
     while time.perf_counter() - begin < seconds:

@@ -164,12 +164,12 @@ def test_changed_and_restore(batches, capacity):
     for i, (low, count) in enumerate(batches):
         keyed(rng.integers(low, low + 15, count), rng.normal(size=(count, D)).astype(np.float32))
         if i % 2:
-            saved.append(keyed.changed())
-    saved.append(keyed.changed())
-    assert len(keyed.changed().keys) == 0
+            saved.append(jax.tree.map(np.copy, keyed.changed()))
+    saved.append(jax.tree.map(np.copy, keyed.changed()))
+    assert len(keyed.changed().numbers) == 0
     copy = Keyed(CELL, 3, threads=1, memory=2)
     for rows in saved:
-        copy.restore(rows)
+        copy.restore(rows._replace(first=int(rows.first), keys=[int(key) for key in rows.keys]))
     whole = keyed.everything()
     assert sorted(whole.keys) == sorted(copy.everything().keys)
     for key in whole.keys:
@@ -227,6 +227,13 @@ def test_bad_input():
         keyed.state("never")
     with pytest.raises(ValueError, match="words"):
         keyed.restore(keyed.everything()._replace(rows=np.zeros((0, 1), np.uint32)))
+    keyed(["a", "b"], np.zeros((2, D), np.float32))
+    with pytest.raises(ValueError, match="key number 1, but no name"):
+        Keyed(CELL, 10).restore(keyed.everything()._replace(keys=["a"]))
+    other = Keyed(CELL, 10)
+    other(["z"], np.zeros((1, D), np.float32))
+    with pytest.raises(ValueError, match="begin with number 0, but"):
+        other.restore(keyed.everything())
 
 
 class Loops(Cell):

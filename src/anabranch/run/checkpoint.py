@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 
@@ -50,8 +51,11 @@ class Checkpoints:
         """Whether the last checkpoint is still being written."""
         return self._writing is not None and not self._writing.done()
 
-    def save(self, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; waits only for the one before it."""
+    def save(self, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Begin to write a checkpoint; waits only for the one before it.
+
+        A leaf of `arrays` may be a function that gives the array: it is called beside the stream.
+        """
         self.wait()
         kind = "full" if self.wants_everything else "delta"
         self._since_full = 1 if kind == "full" else self._since_full + 1
@@ -60,7 +64,7 @@ class Checkpoints:
         self._writing = self._thread.submit(self._write, path, arrays, meta)
 
     def _write(self, path: Path, arrays, meta) -> None:
-        state.save(path, arrays, meta)
+        state.save(path, jax.tree.map(lambda leaf: leaf() if callable(leaf) else leaf, arrays), meta)
         files = self._files()
         fulls = [n for n, kind, _ in files if kind == "full"]
         oldest = files[-self.keep][0] if len(files) >= self.keep else files[0][0]

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import PyTree, UInt32
+from jaxtyping import Int64, PyTree, UInt32
 
 from anabranch.cell import Cell, State, noise
 from anabranch.state import Packing
@@ -39,9 +39,14 @@ SIZES = (256, 4096, 32768, 131_072)
 
 
 class Rows(NamedTuple):
-    """States of some keys, outside the runtime: what a checkpoint holds."""
+    """States of some keys, outside the runtime: what a checkpoint holds. Keys are numbered as they come."""
 
+    first: int
+    """The number of the first of `keys`."""
     keys: list[Hashable]
+    """Keys that the checkpoints before this one do not know."""
+    numbers: Int64[np.ndarray, " n"]
+    """Whose states these are."""
     rows: UInt32[np.ndarray, "n words"]
 
 
@@ -93,6 +98,7 @@ class Keyed:
         self._keys: list[Hashable] = []
         self._place = np.empty(0, np.int64)  # its slot if ready, -1 - its row of the spill if not
         self._dirty = np.empty(0, bool)
+        self._named = 0  # keys that a checkpoint knows
         self._batch = 0
         if cell.host:
             self._states: dict[Hashable, State] = {}
@@ -117,6 +123,7 @@ class Keyed:
         self._owner = np.full(capacity, -1, np.int64)
         self._used = np.full(capacity, -1, np.int64)
         self._spill = Spill(self._packing.words, memory, folder)
+        self._copy = np.empty((0, self._packing.words), np.uint32)
 
     # The stream
 
@@ -262,7 +269,9 @@ class Keyed:
             raise KeyError(f"no event has come with the key {key!r}")
         if self.cell.host:
             return self._states[key]
-        return self._packing.unpack(jnp.asarray(self._read(np.array([self._numbers[key]]))[0]))
+        place = self._place[[self._numbers[key]]]
+        rows = self._gather(place) if place[0] >= 0 else self._spill.read(-1 - place)
+        return self._packing.unpack(jnp.asarray(rows[0]))
 
     def _number(self, keys: list) -> np.ndarray:
         """The numbers of these keys, which are distinct; new keys get theirs."""
@@ -321,16 +330,6 @@ class Keyed:
         hashes = np.array([_hash(key) for key in keys], np.uint32)
         return np.asarray(_fresh_rows(self.cell, self.seed, _pad(hashes)))[: len(keys)]
 
-    def _read(self, numbers: np.ndarray) -> np.ndarray:
-        """Copies of the rows of these keys, wherever they are."""
-        place = self._place[numbers]
-        if (place >= 0).all():  # a checkpoint of many keys: not one copy more than needed
-            return self._gather(place)
-        rows = np.empty((len(numbers), self._packing.words), np.uint32)
-        rows[place >= 0] = self._gather(place[place >= 0])
-        rows[place < 0] = self._spill.read(-1 - place[place < 0])
-        return rows
-
     def _gather(self, slots: np.ndarray) -> np.ndarray:
         rows = np.empty((len(slots), self._packing.words), np.uint32)
         for i, shard in enumerate(self._rows):
@@ -351,38 +350,66 @@ class Keyed:
     def changed(self) -> Rows:
         """States that have changed since the last call, which is when they count as saved.
 
+        The next call writes into the same arrays: copy what must live longer.
+
         Raises:
             TypeError: for a cell on the host, whose states are no arrays.
         """
         if self.cell.host:
             raise TypeError(f"{type(self.cell).__name__} runs on the host: its states cannot be saved")
-        numbers = np.flatnonzero(self._dirty[: len(self._keys)])
+        changed = np.flatnonzero(self._dirty[: len(self._keys)])
         self._dirty[:] = False
-        return Rows([self._keys[i] for i in numbers.tolist()], self._read(numbers))
+        place = self._place[changed]
+        shard = np.where(place >= 0, place % self._shards, self._shards)
+        parts = [changed[shard == i] for i in range(self._shards + 1)]
+        numbers = np.concatenate(parts)
+        # The stream waits for this copy. Into fresh memory it would take ten times as long.
+        if len(self._copy) < len(numbers):
+            self._copy = np.empty((max(len(numbers), min(2 * len(numbers), self.capacity)), self._packing.words), np.uint32)
+        rows = self._copy[: len(numbers)]
+        ends = np.cumsum([len(part) for part in parts])
+        rows[ends[-2] :] = self._spill.read(-1 - self._place[parts[-1]])
+
+        def copy(i: int) -> None:
+            slots = self._place[parts[i]] // self._shards
+            np.take(np.asarray(self._rows[i]), slots, axis=0, out=rows[ends[i] - len(slots) : ends[i]], mode="clip")
+
+        if self._pool is None:
+            copy(0)
+        else:
+            list(self._pool.map(copy, range(self._shards)))
+        first, self._named = self._named, len(self._keys)
+        return Rows(first, self._keys[first:], numbers, rows)
 
     def everything(self) -> Rows:
-        """The states of all keys."""
+        """The states of all keys, and the names of all keys."""
         self._dirty[: len(self._keys)] = True
+        self._named = 0
         return self.changed()
 
     def restore(self, saved: Rows) -> None:
         """Take over saved states; later ones replace earlier ones of the same key.
 
         Raises:
-            ValueError: if the rows are not states of this cell.
+            ValueError: if the rows are not states of this cell, or are of keys that no rows before them have named.
         """
         if saved.rows.ndim != 2 or saved.rows.shape[1] != self._packing.words:
             raise ValueError(
                 f"a state of this cell has {self._packing.words} words, the rows have shape {saved.rows.shape}"
             )
+        known = self._number(saved.keys)
+        if not np.array_equal(known, np.arange(saved.first, saved.first + len(saved.keys))):
+            raise ValueError(f"the saved keys begin with number {saved.first}, but {len(self._keys)} others are known")
+        if saved.numbers.max(initial=-1) >= len(self._keys):
+            raise ValueError(f"there is a state of key number {saved.numbers.max()}, but no name of it")
         step = min(self.capacity, SIZES[-1])
-        for start in range(0, len(saved.keys), step):
-            keys = saved.keys[start : start + step]
+        for start in range(0, len(saved.numbers), step):
+            numbers = saved.numbers[start : start + step]
             self._batch += 1
-            numbers = self._number(keys)
             self._admit(numbers)
             self._scatter(self._place[numbers], saved.rows[start : start + step])
-            self._dirty[numbers] = False
+        self._dirty[saved.numbers] = False
+        self._named = len(self._keys)
 
 
 WIDTHS = (8, 64, 512)

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -480,12 +481,16 @@ class Pipeline:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def _checkpoint(self, finished: bool = False) -> None:
+        self.checkpoints.wait()  # the arrays that it still writes are about to be written to
         positions = {name: sink.position() for name, sink in self.sinks.items()}
         arrays: dict[str, Any] = {}
         everything = self.checkpoints.wants_everything
         for stage in self.stages:
             saved = stage.keyed.everything() if everything else stage.keyed.changed()
-            arrays[f"stage/{stage.name}"] = {"keys": pack_keys(saved.keys), "rows": saved.rows}
+            keys = partial(pack_keys, saved.keys)
+            arrays[f"stage/{stage.name}"] = {
+                "first": np.int64(saved.first), "keys": keys, "numbers": saved.numbers, "rows": saved.rows
+            }  # fmt: skip
         numbers, other = self.pending.save()
         arrays["pending"] = {"numbers": numbers, "other": pack_table(other)}
         for name, table in (("queue", self.queue), ("held", self.ordered.held)):
@@ -518,7 +523,8 @@ class Pipeline:
         for link, _ in chain:
             for stage in self.stages:
                 saved: Any = link[f"stage/{stage.name}"]
-                stage.keyed.restore(Rows(unpack_keys(saved["keys"]), saved["rows"]))
+                names = unpack_keys(saved["keys"])
+                stage.keyed.restore(Rows(int(saved["first"]), names, saved["numbers"], saved["rows"]))
         state: Any = arrays
         self.pending.load(state["pending"]["numbers"], unpack_table(state["pending"]["other"]))
         self.queue = unpack_table(state["queue"]) if "queue" in state else None
