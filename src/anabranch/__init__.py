@@ -13,9 +13,7 @@ __version__ = "0.1.0"
 # without either, such loops are 2 to 5 times faster. The flags are read once, when JAX first runs something.
 _OPTIONS = "xla_cpu_small_while_loop_byte_threshold=1000000000,xla_cpu_disable_loop_unrolling=true"
 if "xla_backend_extra_options" not in _os.environ.get("XLA_FLAGS", ""):
-    _os.environ["XLA_FLAGS"] = (
-        _os.environ.get("XLA_FLAGS", "") + f" --xla_backend_extra_options={_OPTIONS}"
-    ).strip()
+    _os.environ["XLA_FLAGS"] = (_os.environ.get("XLA_FLAGS", "") + f" --xla_backend_extra_options={_OPTIONS}").strip()
 
 from anabranch.cell import (  # noqa: E402
     Cell,

@@ -365,7 +365,9 @@ class Keyed:
         numbers = np.concatenate(parts)
         # The stream waits for this copy. Into fresh memory it would take ten times as long.
         if len(self._copy) < len(numbers):
-            self._copy = np.empty((max(len(numbers), min(2 * len(numbers), self.capacity)), self._packing.words), np.uint32)
+            self._copy = np.empty(
+                (max(len(numbers), min(2 * len(numbers), self.capacity)), self._packing.words), np.uint32
+            )
         rows = self._copy[: len(numbers)]
         ends = np.cumsum([len(part) for part in parts])
         rows[ends[-2] :] = self._spill.read(-1 - self._place[parts[-1]])
@@ -566,10 +568,29 @@ def _put(rows, slots, new):
 
 
 def _flops(cell: Cell, x: PyTree) -> float:
-    step: Any = eqx.filter_jit(lambda cell, state, x: cell.step(state, x))
-    compiled = step.lower(cell, cell.init(key=jax.random.PRNGKey(0)), x).compile()
-    analysis = compiled.compiled.cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
+    """Operations of a step, from the program before it is compiled: compiling it would take longer than the answer."""
+    leaves, tree = jax.tree.flatten((cell, x))
+    name = (
+        tree,
+        *(
+            (leaf.shape, leaf.dtype) if eqx.is_array(leaf) or isinstance(leaf, (np.ndarray, np.generic)) else leaf
+            for leaf in leaves
+        ),
+    )
+    if name not in _counted:
+        arrays, static = eqx.partition((cell, x), eqx.is_array)
+
+        def step(state, arrays):
+            cell, x = eqx.combine(arrays, static)
+            return eqx.filter(cell.step(state, x), eqx.is_array)
+
+        state = jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0))
+        analysis = jax.jit(step).lower(state, arrays).cost_analysis() or {}
+        _counted[name] = float(analysis.get("flops", 0.0))
+    return _counted[name]
+
+
+_counted: dict[tuple, float] = {}
 
 
 def _pad(tree: PyTree, size: int | None = None, fill: int = 0) -> PyTree:
