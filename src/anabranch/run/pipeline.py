@@ -149,7 +149,7 @@ class Pipeline:
     # Running
 
     def run(self, *, resume: bool = False, limit: int | None = None, progress: bool = False) -> Summary:
-        """Run to the end of the source, or through its first `limit` rows.
+        """Run to the end of the source, or stop after its first `limit` rows, from where a later run can resume.
 
         With `resume`, go on from the last checkpoint; without one, or without `resume`, start anew and replace what an
         earlier run has left in the folder of outputs. The outputs of a run that was killed and resumed equal, row for
@@ -189,9 +189,9 @@ class Pipeline:
             console=Console(stderr=True),
             disable=not progress,
         ) as bar:
-            self._stream(limit, bar, begin)
+            finished = self._stream(limit, bar, begin)
         self.seconds += time.perf_counter() - begin
-        self._checkpoint(finished=True)
+        self._checkpoint(finished)
         self.checkpoints.wait()
 
     def summary(self) -> Summary:
@@ -214,8 +214,9 @@ class Pipeline:
         source = tables(self._source) if self._source is not None else open_source(self.config.source, self._call)
         return blocks_from(iter(source), self.position)
 
-    def _stream(self, limit: int | None, bar: Progress, begin: float) -> None:
-        total = limit
+    def _stream(self, limit: int | None, bar: Progress, begin: float) -> bool:
+        """Returns whether the source has come to its end."""
+        finished, total = True, limit
         if isinstance(self._source, pa.Table):
             total = min(self._source.num_rows, limit or self._source.num_rows)
         task = bar.add_task(self.config.name, total=total, note="", completed=self.counts["events"])
@@ -240,9 +241,11 @@ class Pipeline:
 
         for block in self._blocks():
             if limit is not None and self.position >= limit:
+                finished = False
                 break
             if limit is not None:
                 keep = block.rows < limit
+                finished = finished and bool(keep.all())
                 block = Block(
                     block.table.filter(pa.array(keep)), block.rows[keep], [b for b in block.bad if b.row < limit]
                 )
@@ -255,15 +258,16 @@ class Pipeline:
             while self.queue is not None and self.queue.num_rows >= size:
                 rows, self.queue = self.queue.slice(0, size), self.queue.slice(size)
                 go(rows)
-        rest = self.ordered.rest()
+        rest = self.ordered.rest() if finished else None
         if rest is not None:
             self._enqueue(rest)
         while self.queue is not None and self.queue.num_rows:
             rows, self.queue = self.queue.slice(0, size), self.queue.slice(size)
             go(rows)
-        if self.config.label is not None:  # the labels of what was asked last
+        if finished and self.config.label is not None:  # the labels of what was asked last
             self._process(None, np.inf)
         bar.update(task, completed=self.counts["events"], total=self.counts["events"])
+        return finished
 
     def _enqueue(self, rows: pa.Table) -> None:
         if self.queue is None or not self.queue.num_rows:
