@@ -35,7 +35,9 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say mor
 def run(
     pipeline: Annotated[Path, typer.Argument(help="A pipeline file (TOML).")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Stop after this many rows of the source; --resume goes on.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Stop after this many rows of the source; --resume goes on.", min=1)
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Run the peers that the pipeline names, and compare.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder of outputs, instead of the one in the file.")] = None,
     as_json: _AsJson = False,
