@@ -303,9 +303,7 @@ def _replace(path: Path, chunks: list) -> None:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-            if hasattr(
-                os, "posix_fadvise"
-            ):  # the next file then uses these pages, and the system need not make new ones
+            if hasattr(os, "posix_fadvise"):  # memory that the next file can use: making new pages is slow
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(part, path)
     except BaseException:

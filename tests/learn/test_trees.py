@@ -202,7 +202,7 @@ def test_eight_trees_side_by_side_are_eight_trees(streams):
     assert (together[0].n_leaves > 1).sum() >= 4
     for i in range(8):
         alone = go(jax.tree.map(lambda a, i=i: a[i], batch))
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), together, alone)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), together, alone)
 
 
 def test_large_counts_are_halved(blobs):

@@ -180,7 +180,8 @@ class Keyed:
             for start in range(0, len(mine), SIZES[-1]):
                 part = mine[start : start + SIZES[-1]]
                 slots, x = self._stage(i, part, (local, xs))
-                self._rows[i], ys = _loop_over((self.cell, slots, np.int32(len(part)), x), self._rows[i])
+                done = _loop_over((self.cell, slots, np.int32(len(part)), x), self._rows[i])
+                self._rows[i], ys = jax.block_until_ready(done)  # XLA reads the staged arrays where they are
                 ys = jax.tree.map(np.asarray, ys)
                 with self._lock:
                     if out is None:
@@ -570,13 +571,8 @@ def _put(rows, slots, new):
 def _flops(cell: Cell, x: PyTree) -> float:
     """Operations of a step, from the program before it is compiled: compiling it would take longer than the answer."""
     leaves, tree = jax.tree.flatten((cell, x))
-    name = (
-        tree,
-        *(
-            (leaf.shape, leaf.dtype) if eqx.is_array(leaf) or isinstance(leaf, (np.ndarray, np.generic)) else leaf
-            for leaf in leaves
-        ),
-    )
+    kinds = (jax.Array, np.ndarray, np.generic)
+    name = (tree, *((leaf.shape, leaf.dtype) if isinstance(leaf, kinds) else leaf for leaf in leaves))
     if name not in _counted:
         arrays, static = eqx.partition((cell, x), eqx.is_array)
 

@@ -245,7 +245,7 @@ class Pipeline:
                 break
             if limit is not None:
                 keep = block.rows < limit
-                finished = finished and bool(keep.all())
+                finished = finished and bool(keep.all()) and all(b.row < limit for b in block.bad)
                 block = Block(
                     block.table.filter(pa.array(keep)), block.rows[keep], [b for b in block.bad if b.row < limit]
                 )
