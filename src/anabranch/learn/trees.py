@@ -37,8 +37,12 @@ class Leaf(NamedTuple):
 
     weight: Float[Array, "*S C"]
     """Weight by class, including what was inherited at the split."""
-    stats: Float[Array, "*S C R F"]
-    """Of what was seen here: weight, mean, sum of squared deviations, least and greatest value; or counts by value."""
+    stats: Float[Array, "*S C R F"] | Float[Array, "*S C*R*F"]
+    """Of what was seen here: weight, mean, sum of squared deviations, least and greatest value; or counts by value.
+
+    A `Tree` holds them flat: its state is copied at every event where many trees are keyed, and loops over dimensions
+    as short as C and F are twice as slow.
+    """
     tally: Float[Array, "*S 3"]
     """Weight since the last attempt, and the weight on which the majority class and naive Bayes were right."""
     watched: Int[Array, "*S F"] | None
@@ -188,7 +192,7 @@ class HoeffdingTree(Learner):
             feature=jnp.full(G * M, -1, jnp.int32),
             threshold=jnp.zeros(G * M),
             child=jnp.zeros(G * M, jnp.int32).at[::M].set(L * jnp.arange(G, dtype=jnp.int32)),
-            leaves=Leaf(jnp.zeros((G * L, C)), jnp.zeros((G * L, C, R, F)), jnp.zeros((G * L, 3)), watched),
+            leaves=Leaf(jnp.zeros((G * L, C)), jnp.zeros((G * L, C * R * F)), jnp.zeros((G * L, 3)), watched),
             n_leaves=jnp.ones(G, jnp.int32),
             denied=jnp.int32(0),
             rejected=jnp.int32(0),
@@ -218,7 +222,8 @@ class HoeffdingTree(Learner):
     def ask(self, trees: Tree, x: Float[Array, " D"], g: Any = 0) -> Float[Array, " C"]:
         """What tree g predicts."""
         x = jnp.asarray(x, float)
-        return self._vote(_read(trees.leaves, self._route(trees, x, g)[1]), x)[0]
+        leaf = _read(trees.leaves, self._route(trees, x, g)[1])
+        return self._vote(self._shaped(leaf), x)[0]
 
     def update(self, trees: Tree, x, y, weight: Any = 1.0, valid: Any = True, g: Any = 0):
         """Predict with tree g, then let it learn where `valid`: the trees and the scores. Both share one routing.
@@ -228,7 +233,7 @@ class HoeffdingTree(Learner):
         x, y = jnp.asarray(x, float), jnp.asarray(y)
         weight, valid = jnp.asarray(weight, float), jnp.asarray(valid)
         node, slot = self._route(trees, x, g)
-        leaf = _apart(_read(trees.leaves, slot), slot)
+        leaf = self._shaped(_apart(_read(trees.leaves, slot), slot))
         scores, majority, bayes = self._vote(leaf, x)
 
         good = self.acceptable(x, y, weight)
@@ -262,13 +267,16 @@ class HoeffdingTree(Learner):
             feature=_write(trees.feature, node, jnp.where(result.split, result.feature, -1)),
             threshold=_write(trees.threshold, node, jnp.where(result.split, result.threshold, 0.0)),
             child=_write(child, node, jnp.where(result.split, pair, slot)),
-            leaves=_write(leaves, slot, result.leaf),
+            leaves=_write(leaves, slot, result.leaf._replace(stats=result.leaf.stats.ravel())),
             n_leaves=_write(trees.n_leaves, g, n_leaves + result.split),
             denied=trees.denied + result.denied,
             rejected=trees.rejected + (valid & ~good),
             drawn=trees.drawn + (2 * result.split if self.subspace is not None else 0),
         )
         return trees, scores
+
+    def _shaped(self, leaf: Leaf) -> Leaf:
+        return leaf._replace(stats=leaf.stats.reshape(self.C, -1, self.subspace or self.D))
 
     def acceptable(self, x, y, weight) -> Bool[Array, ""]:
         """Whether an event may be learned from."""
