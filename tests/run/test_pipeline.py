@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from anabranch.run.checkpoint import Checkpoints
 from anabranch.run.config import ConfigError, read
 from anabranch.run.pipeline import Pipeline
 
@@ -159,6 +161,16 @@ def test_crash_and_resume_equals_an_undisturbed_run(rows, tmp_path, format):
     assert (tmp_path / "out/dead_letters.jsonl").read_text() == (tmp_path / "calm/dead_letters.jsonl").read_text()
     again = make(path, tmp_path / "out").run(resume=True)  # nothing is left to do
     assert again.events == expected.events and again.metrics == expected.metrics
+
+
+def test_a_failed_run_leaves_nothing_that_is_still_being_written(rows, tmp_path, monkeypatch):
+    write = Checkpoints._write
+    monkeypatch.setattr(Checkpoints, "_write", lambda *a: (time.sleep(0.2), write(*a)))
+    pipeline = make(write_payments(tmp_path, rows), tmp_path / "out")
+    crash_after(pipeline, 12)
+    with pytest.raises(Crash):
+        pipeline.run()
+    assert not pipeline.checkpoints.busy and list((tmp_path / "out/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "missing"])

@@ -119,6 +119,8 @@ def beta(key: PRNGKeyArray, a: Float[Array, " k"], b: Float[Array, " k"]) -> Flo
 
 
 class BanditState(NamedTuple):
+    """What a bandit has learned, and how far it is."""
+
     stats: PyTree
     t: Int[Array, ""]
     """Decisions asked for so far: the counter of the noise."""
@@ -273,6 +275,8 @@ class Exp3IX(Bandit):
 
 
 class TraceState(NamedTuple):
+    """The next round of a `TraceEnv`, not reduced modulo its length."""
+
     t: Int[Array, ""]
 
 

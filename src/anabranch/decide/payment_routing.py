@@ -196,6 +196,8 @@ class Routing(Policy):
 
 
 class FlightsState(NamedTuple):
+    """The next flight of a `FlightsEnv`, and its source of chance."""
+
     t: Int[Array, ""]
     key: PRNGKeyArray
 
@@ -268,6 +270,8 @@ class FlightsEnv(Env):
 
 
 class SimulatorState(NamedTuple):
+    """Transactions so far, and the outcomes on their way."""
+
     event: Int[Array, ""]
     reward: Float[Array, " capacity"]
     """Outcomes on their way, by ticket modulo capacity."""

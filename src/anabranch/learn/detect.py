@@ -23,6 +23,8 @@ ROWS = 32  # a window of up to 2^31 items, as far as an int32 counts
 
 
 class ADWINState(NamedTuple):
+    """An exponential histogram of the window, and what has come since it was last checked."""
+
     recent: Float[Array, " clock"]
     """Items since the last check, not yet in the histogram."""
     total: Float[Array, "R M"]
@@ -131,6 +133,8 @@ class ADWIN(Detector):
 
 
 class DDMState(NamedTuple):
+    """Items, their errors, and the lowest error rate so far with its standard deviation."""
+
     n: Int[Array, ""]
     errors: Int[Array, ""]
     p_min: Float[Array, ""]
@@ -174,6 +178,8 @@ class DDM(Detector):
 
 
 class PageHinkleyState(NamedTuple):
+    """The running mean, and how far items have strayed from it, up and down."""
+
     n: Int[Array, ""]
     mean: Float[Array, ""]
     rise: Float[Array, ""]

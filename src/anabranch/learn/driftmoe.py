@@ -46,6 +46,8 @@ class RouterMLP(eqx.Module):
 
 
 class DriftMoEState(NamedTuple):
+    """The experts, the router, and what the router is yet to learn from."""
+
     trees: Tree
     """The E experts."""
     router: Params

@@ -25,6 +25,8 @@ from anabranch.cell import Cell, Learner, State
 
 
 class ScalerState(NamedTuple):
+    """What has been seen of each feature: count, mean, variance."""
+
     n: Float[Array, " D"]
     mean: Float[Array, " D"]
     var: Float[Array, " D"]
@@ -86,6 +88,8 @@ class Scaler(Cell):
 
 
 class GLMState(NamedTuple):
+    """The weights of a linear model."""
+
     weights: Float[Array, "*C D"]
     intercept: Float[Array, "*C"]
     opt: PyTree
@@ -238,6 +242,8 @@ def adagrad(lr: float = 0.1, eps: float = 1e-8) -> optax.GradientTransformation:
 
 
 class FTRLState(NamedTuple):
+    """Adjusted sums of gradients, and sums of squared gradients, of each weight."""
+
     z: PyTree
     n: PyTree
 

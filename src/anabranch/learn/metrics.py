@@ -57,6 +57,8 @@ def _whole(metric: Metric, targets, predictions):
 
 
 class AccuracyState(NamedTuple):
+    """Predictions scored, and how many of them were right."""
+
     n: Int[Array, ""]
     right: Int[Array, ""]
 
@@ -75,6 +77,8 @@ class Accuracy(Metric):
 
 
 class WindowedAccuracyState(NamedTuple):
+    """Predictions scored, and whether each of the last `window` was right."""
+
     n: Int[Array, ""]
     ring: Bool[Array, " window"]
 
@@ -122,6 +126,8 @@ class Kappa(Metric):
 
 
 class KappaMState(NamedTuple):
+    """The counts behind `KappaM`."""
+
     n: Int[Array, ""]
     right: Int[Array, ""]
     majority: Int[Array, ""]
@@ -151,6 +157,8 @@ class KappaM(Metric):
 
 
 class KappaTState(NamedTuple):
+    """The counts behind `KappaT`."""
+
     n: Int[Array, ""]
     right: Int[Array, ""]
     same: Int[Array, ""]
@@ -174,6 +182,8 @@ class KappaT(Metric):
 
 
 class LogLossState(NamedTuple):
+    """Predictions scored, and their mean loss in nats."""
+
     n: Int[Array, ""]
     mean: Float[Array, ""]
 
@@ -223,6 +233,8 @@ class ROCAUC(Metric):
 
 
 class CalibrationState(NamedTuple):
+    """Predictions by the bin of their probability."""
+
     count: Int[Array, " bins"]  # pyright: ignore[reportIncompatibleMethodOverride]
     confidence: Float[Array, " bins"]
     """Mean predicted probability of class 1 in each bin."""

@@ -25,6 +25,8 @@ Sample = tuple[Float[Array, " D"], Int[Array, ""]]
 
 
 class StreamState(NamedTuple):
+    """Where a generator is: events drawn, its source of chance, and what it draws from."""
+
     key: PRNGKeyArray
     t: Int[Array, ""]
     world: PyTree
@@ -123,6 +125,8 @@ _SEGMENTS = np.array([[c == "1" for c in digit] for digit in _DIGITS.split()])
 
 
 class RBFWorld(NamedTuple):
+    """n moving clusters: where they are, where they go, and the class, width and frequency of each."""
+
     centre: Float[Array, "n D"]
     velocity: Float[Array, "n D"]
     label: Int[Array, " n"]
@@ -321,6 +325,8 @@ class Waveform(Generator):
 
 
 class DriftState(NamedTuple):
+    """The two streams of a `Drift`, and events drawn so far."""
+
     key: PRNGKeyArray
     t: Int[Array, ""]
     before: PyTree

@@ -84,6 +84,10 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
+    def abandon(self) -> None:
+        """Let go after a failure: what is being written is finished, lest it appear under a later run in this folder."""
+        self._thread.shutdown()
+
     def load(self) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]] | None:
         """The newest restorable chain, oldest first, or None if there is none. Later files are removed."""
         files = self._files()

@@ -172,6 +172,7 @@ class Pipeline:
         except BaseException:
             for sink in self.sinks.values():
                 sink.abandon()
+            self.checkpoints.abandon()
             raise
         for sink in self.sinks.values():
             sink.close()

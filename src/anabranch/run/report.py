@@ -72,7 +72,7 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
                 when = np.array([t for t, _ in points]).astype("datetime64[s]")
                 ax.plot(when, [v for _, v in points], color=colour[group], label=group, lw=1.6)
             ax.set_ylabel(label)
-        axes[0, 0].legend(frameon=False, ncols=4, loc="lower left")
+        axes[0, 0].legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         add(
             "Quality over time",
             figure,
