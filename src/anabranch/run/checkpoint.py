@@ -85,7 +85,7 @@ class Checkpoints:
         self._thread.shutdown()
 
     def abandon(self) -> None:
-        """Let go after a failure: what is being written is finished, lest it appear under a later run in this folder."""
+        """Let go after a failure. What is being written is finished, lest it turn up in a later run in this folder."""
         self._thread.shutdown()
 
     def load(self) -> list[tuple[dict[str, np.ndarray], dict[str, Any]]] | None:
