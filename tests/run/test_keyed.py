@@ -155,24 +155,35 @@ def test_initial_states_are_drawn_by_key_and_nothing_else():
     assert noise(jax.random.PRNGKey(0), 1, "a").shape == (2,)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=12), st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(0, 2)), min_size=1, max_size=12),
+    st.integers(1, 40),
+)
 def test_changed_and_restore(batches, capacity):
-    """The changes since the last call, replayed in order over an empty runtime, give back every state."""
+    """The changes since the last call, replayed in order over an empty runtime, give back every state, and no other."""
     rng = np.random.default_rng(1)
-    keyed, saved = Keyed(CELL, capacity, threads=1, memory=5), []
-    for i, (low, count) in enumerate(batches):
-        keyed(rng.integers(low, low + 15, count), rng.normal(size=(count, D)).astype(np.float32))
-        if i % 2:
+    keyed, saved, steps = Keyed(CELL, capacity, threads=1, memory=5), [], {}
+    for low, count, then in batches:
+        keys = rng.integers(low, low + 15, count)
+        keyed(keys, rng.normal(size=(count, D)).astype(np.float32))
+        for key in keys.tolist():
+            steps[key] = steps.get(key, 0) + 1
+        if then > 0:
+            leave = [*rng.choice(keys, min(count, 4), replace=False).tolist(), 99]
+            assert keyed.forget(leave) == sum(steps.pop(key, None) is not None for key in set(leave))
+        if then > 1:
             saved.append(jax.tree.map(np.copy, keyed.changed()))
     saved.append(jax.tree.map(np.copy, keyed.changed()))
     assert len(keyed.changed().numbers) == 0
     copy = Keyed(CELL, 3, threads=1, memory=2)
     for rows in saved:
-        copy.restore(rows._replace(first=int(rows.first), keys=[int(key) for key in rows.keys]))
+        copy.restore(rows._replace(keys=[int(key) for key in rows.keys]))
     whole = keyed.everything()
-    assert sorted(whole.keys) == sorted(copy.everything().keys)
+    assert sorted(whole.keys) == sorted(copy.everything().keys) == sorted(steps)
+    assert len(keyed) == len(copy) == len(steps)
     for key in whole.keys:
+        assert int(keyed.state(key)["n"]) == steps[key]
         jax.tree.map(np.testing.assert_array_equal, keyed.state(key), copy.state(key))
 
 
@@ -228,12 +239,13 @@ def test_bad_input():
     with pytest.raises(ValueError, match="words"):
         keyed.restore(keyed.everything()._replace(rows=np.zeros((0, 1), np.uint32)))
     keyed(["a", "b"], np.zeros((2, D), np.float32))
+    saved = keyed.everything()
     with pytest.raises(ValueError, match="key number 1, but no name"):
-        Keyed(CELL, 10).restore(keyed.everything()._replace(keys=["a"]))
-    other = Keyed(CELL, 10)
-    other(["z"], np.zeros((1, D), np.float32))
-    with pytest.raises(ValueError, match="begin with number 0, but"):
-        other.restore(keyed.everything())
+        Keyed(CELL, 10).restore(saved._replace(named=saved.named[:1], keys=["a"]))
+    with pytest.raises(ValueError, match="2 numbers come with 1 keys"):
+        Keyed(CELL, 10).restore(saved._replace(keys=["a"]))
+    with pytest.raises(ValueError, match="'a' is saved under two numbers"):
+        Keyed(CELL, 10).restore(saved._replace(keys=["a", "a"]))
 
 
 class Loops(Cell):

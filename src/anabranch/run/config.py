@@ -6,7 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,16 +21,37 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _only_its_own(section: BaseModel, kind: str, owners: dict[str, tuple[str, ...]], required: set[str], what: str):
+    """A field that only some kinds have is an error elsewhere, and where it is required and missing too."""
+    for name, kinds in owners.items():
+        if name in section.model_fields_set and kind not in kinds:
+            raise ValueError(f"{what} {kind!r} has no {name}; it belongs to {', '.join(kinds)}")
+        if name in required and kind in kinds and getattr(section, name) is None:
+            raise ValueError(f"{what} {kind!r} needs a {name}")
+
+
 class SourceConfig(Section):
     """Where rows come from, and what a row must have."""
 
-    kind: Literal["csv", "jsonl", "parquet", "stdin", "python"]
+    kind: Literal["csv", "jsonl", "parquet", "stdin", "python", "redis", "kafka"]
     path: Path | None = None
     """The file, for csv, jsonl and parquet; relative to the pipeline file."""
     call: str | None = None
     """`module:function`, for python; it returns a pyarrow Table, or an iterable of Tables or dicts."""
     format: Literal["csv", "jsonl"] = "jsonl"
     """How stdin is written."""
+    url: str | None = None
+    """The server, for redis and kafka: `redis://localhost:6379/0`; `localhost:9092`, or several with commas."""
+    stream: str | None = None
+    """The key of a Redis stream."""
+    topic: str | None = None
+    """The name of a Kafka topic."""
+    group: str | None = None
+    """The consumer group whose lag shows how far durable checkpoints are behind; for redis and kafka."""
+    idle: float | None = Field(None, gt=0)
+    """Take a live source to have ended after so many seconds without rows; by default it never ends."""
+    linger: float = Field(0.1, ge=0)
+    """Seconds that a row of a live source waits for others, to be handled with them."""
     time: str
     """Column of the event time: seconds, or a timestamp."""
     lateness: float = Field(0.0, ge=0)
@@ -40,10 +61,13 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _has_its_place(self):
-        if self.kind in ("csv", "jsonl", "parquet") and self.path is None:
-            raise ValueError(f"a source of kind {self.kind!r} needs a path")
-        if self.kind == "python" and self.call is None:
-            raise ValueError("a source of kind 'python' needs a call, such as 'flights:events'")
+        live = ("redis", "kafka")
+        owners = {
+            "path": ("csv", "jsonl", "parquet"), "call": ("python",), "format": ("stdin",), "url": live,
+            "stream": ("redis",), "topic": ("kafka",), "group": live, "idle": live, "linger": live,
+        }  # fmt: skip
+        required = {"path", "call", "url", "stream", "topic", "group"}
+        _only_its_own(self, self.kind, owners, required, "a source of kind")
         return self
 
 
@@ -101,9 +125,25 @@ class StageConfig(Section):
 class SinkConfig(Section):
     """Where predictions and outcomes are written."""
 
-    format: Literal["parquet", "csv", "jsonl", "sqlite"] = "parquet"
+    format: Literal["parquet", "csv", "jsonl", "sqlite", "redis", "kafka", "postgres"] = "parquet"
     columns: list[str] = []
     """Columns of the source that are written beside the prediction."""
+    url: str | None = None
+    """The server, for redis, kafka and postgres."""
+    stream: str | None = None
+    """For redis: predictions go to the stream `STREAM:predictions`, outcomes to `STREAM:outcomes`."""
+    topic: str | None = None
+    """For kafka: the topics `TOPIC.predictions` and `TOPIC.outcomes`."""
+    table: str | None = None
+    """For postgres: the tables `TABLE_predictions` and `TABLE_outcomes`."""
+
+    @model_validator(mode="after")
+    def _has_its_place(self):
+        owners = {
+            "url": ("redis", "kafka", "postgres"), "stream": ("redis",), "topic": ("kafka",), "table": ("postgres",)
+        }  # fmt: skip
+        _only_its_own(self, self.format, owners, set(owners), "a sink of format")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -127,6 +167,58 @@ class ReportConfig(Section):
     """`module:function`s that answer the same questions another way; see `Pipeline.compare`."""
 
 
+class ServedCellConfig(Section):
+    """A bare cell that is served by itself: a file with `[cell]` in place of a source and stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    out: Path | None = None
+    """Folder of checkpoints and journal; by default `out/NAME`."""
+    cell: str
+    """`module:name` of a cell, or of a function that makes one."""
+    options: dict[str, Any] = {}
+    input: str
+    """What an event is: `float32[16]`, or `module:name` of an example or of a function that returns one."""
+    capacity: int = Field(100_000, ge=1)
+    """Streams whose state is held ready; the others spill."""
+    idle: float | None = Field(None, gt=0)
+    """Drop the state of a stream that has had no event for so many seconds."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints that are kept."""
+    seed: int = 0
+
+
+class ServeConfig(Section):
+    """How a pipeline or cell is served."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65_535)
+    """Of HTTP and WebSocket; 0 is any free one."""
+    grpc: int | None = Field(None, ge=0, le=65_535)
+    """Port of the Open Inference Protocol over gRPC; by default it is not opened."""
+    max_batch: int = Field(4096, ge=1)
+    """Events that are stepped together at most."""
+    deadline: float = Field(1.0, gt=0)
+    """Seconds within which an event should be answered; when too many wait, those that are due go first."""
+    queue: int = Field(65_536, ge=1)
+    """Events that may wait; beyond, clients are told to come again (HTTP 429) or are read no further (WebSocket)."""
+    stream_queue: int = Field(4096, ge=1)
+    """Events of one stream that may wait."""
+    tenant_queue: int | None = Field(None, ge=1)
+    """Events of one tenant that may wait."""
+    durable: bool = True
+    """Answer only what the disk has."""
+    every: float = Field(10.0, gt=0)
+    """Seconds between checkpoints."""
+    tokens: Path | None = None
+    """File of `TENANT SHA256-OF-TOKEN` lines. Clients must send `Authorization: Bearer TOKEN`; a tenant's streams are
+    its own. Without it everybody may use everything."""
+    certificate: Path | None = None
+    key: Path | None = None
+    """TLS certificate and key, PEM."""
+    max_message: int = Field(1 << 20, ge=1024)
+    """Bytes of the longest request or message."""
+
+
 class PipelineConfig(Section):
     """A whole pipeline file."""
 
@@ -141,6 +233,7 @@ class PipelineConfig(Section):
     sink: SinkConfig = SinkConfig()
     checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig.model_validate({}))
     report: ReportConfig = ReportConfig()
+    serve: ServeConfig = Field(default_factory=lambda: ServeConfig.model_validate({}))
 
     @model_validator(mode="after")
     def _stages_are_in_order(self):
@@ -158,6 +251,16 @@ class PipelineConfig(Section):
         return self
 
 
+_S = TypeVar("_S", bound=Section)
+
+
+class ServedCellFile(Section):
+    """A whole file of a bare cell that is served."""
+
+    cell: ServedCellConfig
+    serve: ServeConfig = Field(default_factory=lambda: ServeConfig.model_validate({}))
+
+
 def read(path: str | os.PathLike) -> PipelineConfig:
     """Read and check a pipeline file; paths in it are relative to it, `out` to the working directory.
 
@@ -165,23 +268,49 @@ def read(path: str | os.PathLike) -> PipelineConfig:
         ConfigError: if the file is missing, is not TOML, or says something it may not.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such pipeline file")
-    try:
-        raw = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    try:
-        config = PipelineConfig.model_validate(raw)
-    except ValidationError as error:
-        lines = [f"  {place(e['loc'])}: {e['msg'].removeprefix('Value error, ')}{_found(e)}" for e in error.errors()]
-        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from None
+    config = _checked(path, _toml(path), PipelineConfig)
     if config.source.path is not None:
         file = path.parent / config.source.path
         if not file.is_file():
             raise ConfigError(f"{path}: source.path: there is no file {file}")
         config = config.model_copy(update={"source": config.source.model_copy(update={"path": file})})
     return config
+
+
+def read_served(path: str | os.PathLike) -> PipelineConfig | ServedCellFile:
+    """Read and check what `anabranch serve` serves: a pipeline or a bare cell.
+
+    Raises:
+        ConfigError: if the file is missing, is not TOML, or says something it may not.
+    """
+    path = Path(path)
+    raw = _toml(path)
+    config = _checked(path, raw, ServedCellFile if "cell" in raw else PipelineConfig)
+    for name in ("tokens", "certificate", "key"):
+        file = getattr(config.serve, name)
+        if file is not None:
+            if not (path.parent / file).is_file():
+                raise ConfigError(f"{path}: serve.{name}: there is no file {path.parent / file}")
+            serve = config.serve.model_copy(update={name: path.parent / file})
+            config = config.model_copy(update={"serve": serve})
+    return config
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such pipeline file")
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _checked(path: Path, raw: dict[str, Any], model: type[_S]) -> _S:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {place(e['loc'])}: {e['msg'].removeprefix('Value error, ')}{_found(e)}" for e in error.errors()]
+        raise ConfigError(f"{path}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(lines)) from None
 
 
 def place(where: tuple) -> str:

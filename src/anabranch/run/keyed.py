@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +39,14 @@ SIZES = (256, 4096, 32768, 131_072)
 
 
 class Rows(NamedTuple):
-    """States of some keys, outside the runtime: what a checkpoint holds. Keys are numbered as they come."""
+    """States of some keys, outside the runtime: what a checkpoint holds. Every key has a number."""
 
-    first: int
-    """The number of the first of `keys`."""
+    named: Int64[np.ndarray, " m"]
+    """Numbers that have got a key since the checkpoint before."""
     keys: list[Hashable]
-    """Keys that the checkpoints before this one do not know."""
+    """The keys of `named`."""
+    gone: Int64[np.ndarray, " k"]
+    """Numbers whose key has been forgotten."""
     numbers: Int64[np.ndarray, " n"]
     """Whose states these are."""
     rows: UInt32[np.ndarray, "n words"]
@@ -93,12 +95,14 @@ class Keyed:
         if form not in (None, "loop", "waves"):
             raise ValueError(f"form must be 'loop' or 'waves', got {form!r}")
         self.cell, self.capacity, self.seed, self._form = cell, capacity, seed, form
-        # Every key has a number, in the order of its first event; all else is arrays over these numbers or over slots.
+        # Every key has a number, free again when the key is forgotten; all else is arrays over these numbers or over
+        # slots.
         self._numbers: dict[Hashable, int] = {}
         self._keys: list[Hashable] = []
+        self._free: list[int] = []
         self._place = np.empty(0, np.int64)  # its slot if ready, -1 - its row of the spill if not
         self._dirty = np.empty(0, bool)
-        self._named = 0  # keys that a checkpoint knows
+        self._renamed = np.empty(0, bool)
         self._batch = 0
         if cell.host:
             self._states: dict[Hashable, State] = {}
@@ -245,7 +249,10 @@ class Keyed:
     # Where the keys are
 
     def __len__(self) -> int:
-        return len(self._states) if self.cell.host else len(self._keys)
+        return len(self._states) if self.cell.host else len(self._numbers)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._states if self.cell.host else self._numbers)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in (self._states if self.cell.host else self._numbers)
@@ -253,12 +260,12 @@ class Keyed:
     @property
     def spilled(self) -> int:
         """Keys that are in host memory or on disk."""
-        return 0 if self.cell.host else len(self._keys) - int((self._owner >= 0).sum())
+        return 0 if self.cell.host else len(self._numbers) - int((self._owner >= 0).sum())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states, wherever they are."""
-        return 0 if self.cell.host else 4 * self._packing.words * len(self._keys)
+        return 0 if self.cell.host else 4 * self._packing.words * len(self._numbers)
 
     def state(self, key: Hashable) -> State:
         """The state of one key.
@@ -274,23 +281,43 @@ class Keyed:
         rows = self._gather(place) if place[0] >= 0 else self._spill.read(-1 - place)
         return self._packing.unpack(jnp.asarray(rows[0]))
 
+    def forget(self, keys: Sequence[Hashable]) -> int:
+        """Drop the states of these keys; their next event begins anew. Returns how many of them were known."""
+        if self.cell.host:
+            return sum(self._states.pop(key, None) is not None for key in keys)
+        numbers = np.array([n for key in keys if (n := self._numbers.pop(key, None)) is not None], np.int64)
+        place = self._place[numbers]
+        self._owner[place[place >= 0]] = -1
+        self._spill.take(-1 - place[(place < 0) & (place != _NOWHERE)])
+        self._place[numbers] = _NOWHERE
+        self._dirty[numbers], self._renamed[numbers] = False, True
+        for number in numbers.tolist():
+            self._keys[number] = None
+        self._free += numbers.tolist()
+        return len(numbers)
+
     def _number(self, keys: list) -> np.ndarray:
         """The numbers of these keys, which are distinct; new keys get theirs."""
-        known = self._numbers
-        numbers = np.array([known.get(key, -1) for key in keys], np.int64)
+        numbers = np.array([self._numbers.get(key, -1) for key in keys], np.int64)
         new = np.flatnonzero(numbers < 0)
         if len(new):
-            first = len(self._keys)
-            numbers[new] = np.arange(first, first + len(new))
-            fresh = [keys[i] for i in new.tolist()]
-            known.update(zip(fresh, range(first, first + len(new))))
-            self._keys += fresh
-            if len(self._keys) > len(self._place):
-                size = max(1024, 2 * len(self._keys))
-                self._place = _grow(self._place, size, -1)
-                self._dirty = _grow(self._dirty, size, False)
-            self._place[numbers[new]] = _NOWHERE
+            again = min(len(new), len(self._free))
+            first, fresh = len(self._keys), [keys[i] for i in new.tolist()]
+            numbers[new] = np.r_[self._free[len(self._free) - again :], first : first + len(new) - again]
+            del self._free[len(self._free) - again :]
+            for number, key in zip(numbers[new[:again]].tolist(), fresh):
+                self._keys[number] = key
+            self._keys += fresh[again:]
+            self._numbers.update(zip(fresh, numbers[new].tolist()))
+            self._make_room(len(self._keys))
+            self._place[numbers[new]], self._renamed[numbers[new]] = _NOWHERE, True
         return numbers
+
+    def _make_room(self, count: int) -> None:
+        if count > len(self._place):
+            size = max(1024, 2 * count)
+            self._place = _grow(self._place, size, _NOWHERE)
+            self._dirty, self._renamed = _grow(self._dirty, size, False), _grow(self._renamed, size, False)
 
     def _admit(self, numbers: np.ndarray) -> None:
         """Make the states of these keys ready: made if new, fetched if spilled."""
@@ -381,13 +408,19 @@ class Keyed:
             copy(0)
         else:
             list(self._pool.map(copy, range(self._shards)))
-        first, self._named = self._named, len(self._keys)
-        return Rows(first, self._keys[first:], numbers, rows)
+        renamed = np.flatnonzero(self._renamed[: len(self._keys)])
+        self._renamed[renamed] = False
+        free = np.zeros(len(self._keys), bool)
+        free[self._free] = True
+        named, gone = renamed[~free[renamed]], renamed[free[renamed]]
+        together = len(named) > 0 and named[-1] - named[0] == len(named) - 1
+        keys = self._keys[named[0] : named[-1] + 1] if together else [self._keys[i] for i in named.tolist()]
+        return Rows(named, keys, gone, numbers, rows)
 
     def everything(self) -> Rows:
         """The states of all keys, and the names of all keys."""
-        self._dirty[: len(self._keys)] = True
-        self._named = 0
+        self._dirty[list(self._numbers.values())] = True
+        self._renamed[: len(self._keys)] = True
         return self.changed()
 
     def restore(self, saved: Rows) -> None:
@@ -400,11 +433,21 @@ class Keyed:
             raise ValueError(
                 f"a state of this cell has {self._packing.words} words, the rows have shape {saved.rows.shape}"
             )
-        known = self._number(saved.keys)
-        if not np.array_equal(known, np.arange(saved.first, saved.first + len(saved.keys))):
-            raise ValueError(f"the saved keys begin with number {saved.first}, but {len(self._keys)} others are known")
-        if saved.numbers.max(initial=-1) >= len(self._keys):
-            raise ValueError(f"there is a state of key number {saved.numbers.max()}, but no name of it")
+        if len(saved.named) != len(saved.keys):
+            raise ValueError(f"{len(saved.named)} numbers come with {len(saved.keys)} keys")
+        old = np.concatenate([saved.gone, saved.named])
+        self.forget([self._keys[n] for n in old.tolist() if n < len(self._keys) and self._keys[n] is not None])
+        last = int(max(old.max(initial=-1), len(self._keys) - 1))
+        self._make_room(last + 1)
+        self._keys += [None] * (last + 1 - len(self._keys))
+        for number, key in zip(saved.named.tolist(), saved.keys):
+            if key in self._numbers:
+                raise ValueError(f"the key {key!r} is saved under two numbers")
+            self._keys[number], self._numbers[key] = key, number
+        self._free = [number for number, key in enumerate(self._keys) if key is None]
+        unknown = [n for n in saved.numbers.tolist() if n > last or self._keys[n] is None]
+        if unknown:
+            raise ValueError(f"there is a state of key number {unknown[0]}, but no name of it")
         step = min(self.capacity, SIZES[-1])
         for start in range(0, len(saved.numbers), step):
             numbers = saved.numbers[start : start + step]
@@ -412,7 +455,7 @@ class Keyed:
             self._admit(numbers)
             self._scatter(self._place[numbers], saved.rows[start : start + step])
         self._dirty[saved.numbers] = False
-        self._named = len(self._keys)
+        self._renamed[:] = False
 
 
 WIDTHS = (8, 64, 512)

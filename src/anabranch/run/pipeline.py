@@ -142,9 +142,12 @@ class Pipeline:
         self.pending = Pending(label.pending if label is not None else self.config.batch)
         self.scores: dict[str, Scores] = {}
         self.series: dict[str, Series] = {}
+        self.sinks: dict[str, sinks.Sink] = {}
         self.values: dict[str, np.ndarray] = {}
         self.pace: list[tuple[float, float, float]] = []
         self.batches = 0
+        self.unknown: set[int] = set()
+        """Rows of the last micro-batch that told labels of no open prediction."""
 
     # Running
 
@@ -155,29 +158,46 @@ class Pipeline:
         earlier run has left in the folder of outputs. The outputs of a run that was killed and resumed equal, row for
         row and bit for bit, those of one that was not.
         """
+        finished = self.open(resume=resume)
+        try:
+            if not finished:
+                self._run(limit, progress)
+        except BaseException:
+            self.abandon()
+            raise
+        self.close()
+        return self.summary()
+
+    def open(self, *, resume: bool) -> bool:
+        """Open the outputs; with `resume`, take over the last checkpoint. Returns whether that run had finished."""
         self._reset()
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
             sinks.clear(self.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.config.checkpoint.keep)
         format = self.config.sink.format
-        self.sinks: dict[str, sinks.Sink] = {
+        self.sinks = {
             "predictions": sinks.open_sink(self.out, "predictions", format),
             "outcomes": sinks.open_sink(self.out, "outcomes", format),
             "dead_letters": sinks.TextSink(self.out / "dead_letters.jsonl", "jsonl"),
         }
         try:
-            if not (resume and self._restore()):
-                self._run(limit, progress)
+            return resume and self._restore()
         except BaseException:
-            for sink in self.sinks.values():
-                sink.abandon()
-            self.checkpoints.abandon()
+            self.abandon()
             raise
+
+    def close(self) -> None:
+        """Make the outputs durable, and close them."""
         for sink in self.sinks.values():
             sink.close()
         self.checkpoints.close()
-        return self.summary()
+
+    def abandon(self) -> None:
+        """Let go after a failure: a resumed run goes on from the last checkpoint."""
+        for sink in self.sinks.values():
+            sink.abandon()
+        self.checkpoints.abandon()
 
     def _run(self, limit: int | None, progress: bool) -> None:
         begin = time.perf_counter()
@@ -192,7 +212,7 @@ class Pipeline:
         ) as bar:
             finished = self._stream(limit, bar, begin)
         self.seconds += time.perf_counter() - begin
-        self._checkpoint(finished)
+        self.checkpoint(finished)
         self.checkpoints.wait()
 
     def summary(self) -> Summary:
@@ -226,7 +246,7 @@ class Pipeline:
 
         def go(rows: pa.Table) -> None:
             nonlocal last, saved
-            self._batch(rows)
+            self.batch(rows)
             now = time.perf_counter()
             self._note_pace(self.seconds + now - begin)
             rate = self.counts["events"] / (self.seconds + now - begin)
@@ -236,7 +256,7 @@ class Pipeline:
             due = due or (every.seconds is not None and now - last >= every.seconds and not self.checkpoints.busy)
             if due:
                 self.seconds += now - begin  # a checkpoint says how long the run has taken so far
-                self._checkpoint()
+                self.checkpoint()
                 self.seconds -= now - begin
                 last, saved = now, self.counts["events"]
 
@@ -252,7 +272,7 @@ class Pipeline:
                 )
             rows, bad = self.typed(block)
             rows, late = self.ordered(rows)
-            self._bury(bad + late)
+            self.bury(bad + late)
             ends = [block.rows[-1] if len(block.rows) else -1, *(b.row for b in block.bad)]
             self.position = max(self.position, int(max(ends)) + 1)
             self._enqueue(rows)
@@ -276,7 +296,8 @@ class Pipeline:
         elif rows.num_rows:
             self.queue = pa.concat_tables([self.queue, rows], promote_options="permissive").combine_chunks()
 
-    def _bury(self, bad: list[Bad]) -> None:
+    def bury(self, bad: list[Bad]) -> None:
+        """Write rows that cannot be used to the dead letters."""
         if bad:
             self.sinks["dead_letters"].write_rows([b._asdict() for b in bad])  # pyright: ignore[reportAttributeAccessIssue]
             self.counts["dead_letters"] += len(bad)
@@ -290,15 +311,18 @@ class Pipeline:
 
     # One micro-batch
 
-    def _batch(self, rows: pa.Table) -> None:
+    def batch(self, rows: pa.Table) -> pa.Table | None:
+        """Take typed rows in the order of their time through all stages; returns what was predicted."""
         if self.start is None:
             self.start = float(np.floor(rows[TIME][0].as_py()))
-        self._process(rows, rows[TIME][-1].as_py())
+        predictions = self._process(rows, rows[TIME][-1].as_py())
         self.batches += 1
+        return predictions
 
-    def _process(self, rows: pa.Table | None, now: float) -> None:
-        """Ask `rows`, and tell all labels that are known at `now`, in the order of time."""
+    def _process(self, rows: pa.Table | None, now: float) -> pa.Table | None:
+        """Ask `rows`, and tell all labels that are known at `now`, in the order of time. Returns the predictions."""
         label, pending = self.config.label, self.pending
+        self.unknown = set()
         told_rows = None
         if rows is not None and label is not None and label.id is not None:  # labels that are rows of their own
             is_label = ~np.isnan(rows[LABEL].to_numpy())
@@ -315,9 +339,10 @@ class Pipeline:
         order = np.lexsort((np.concatenate([tell_seq, ask_seq]), phase, when))
         slot = np.concatenate([tell, slots])[order]
         is_tell = np.concatenate([np.ones(len(tell), bool), np.zeros(count, bool)])[order]
+        predictions = None
         if len(slot):
             answers = self._stages(rows, slots, slot, is_tell, when[order], order[~is_tell] - len(tell))
-            self._emit(rows, slots, slot[is_tell], when[order][is_tell], answers)
+            predictions = self._emit(rows, slots, slot[is_tell], when[order][is_tell], answers)
         self.counts["events"] += count
         self.counts["learned"] += len(tell)
         pending.close(tell if label is not None else slots)
@@ -329,6 +354,7 @@ class Pipeline:
             extra = pending.oldest(len(pending) - label.pending)
             self.counts["dropped"] += len(extra)
             pending.close(extra)
+        return predictions
 
     def _open(self, slots: np.ndarray, rows: pa.Table) -> None:
         """Write down what is asked: all that telling the label will need."""
@@ -379,10 +405,11 @@ class Pipeline:
         if told is None or not told.num_rows:
             return np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool), np.zeros(0)
         found: dict[int, int] = {}
-        for i, key in enumerate(told[ID].to_pylist()):
+        for i, (key, row) in enumerate(zip(told[ID].to_pylist(), told[ROW].to_pylist())):
             slot = pending.by_id.get(key)
             if slot is None or slot in found:
                 self.counts["unknown"] += 1
+                self.unknown.add(row)
             else:
                 found[slot] = i
         tell = np.fromiter(found, np.int64, len(found))
@@ -440,14 +467,16 @@ class Pipeline:
 
     # What goes out
 
-    def _emit(self, rows: pa.Table | None, ask_slots, told, told_when, answers) -> None:
+    def _emit(self, rows: pa.Table | None, ask_slots, told, told_when, answers) -> pa.Table | None:
+        predictions = None
         if rows is not None and rows.num_rows:
             columns, point = _columns(answers, self.kind)
             self.pending.put("prediction", ask_slots, point)
             shown = {name: rows[name] for name in self.config.sink.columns}
-            self.sinks["predictions"].write(pa.table({"row": rows[ROW], "time": rows[TIME], **shown, **columns}))
+            predictions = pa.table({"row": rows[ROW], "time": rows[TIME], **shown, **columns})
+            self.sinks["predictions"].write(predictions)
         if not len(told):
-            return
+            return predictions
         pending = self.pending
         target, prediction = pending["label"][told], pending["prediction"][told]
         shown = {name: pending["shown:" + name][told] for name in self._shown_later()}
@@ -458,6 +487,7 @@ class Pipeline:
         if self.after is not None:
             good &= asked >= self.after
         self._score(asked[good], target[good], prediction[good], {name: v[good] for name, v in shown.items()})
+        return predictions
 
     def _score(self, asked, target, prediction, shown) -> None:
         by, worst = self.config.report.by, self.config.report.worst
@@ -482,10 +512,11 @@ class Pipeline:
     # Checkpoints
 
     def _fingerprint(self) -> str:
-        said = self.config.model_dump(mode="json", exclude={"out", "checkpoint", "report"})
+        said = self.config.model_dump(mode="json", exclude={"out", "checkpoint", "report", "serve"})
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    def _checkpoint(self, finished: bool = False) -> None:
+    def checkpoint(self, finished: bool = False) -> None:
+        """Make the outputs durable, and begin to save all else."""
         self.checkpoints.wait()  # the arrays that it still writes are about to be written to
         positions = {name: sink.position() for name, sink in self.sinks.items()}
         arrays: dict[str, Any] = {}
@@ -494,7 +525,7 @@ class Pipeline:
             saved = stage.keyed.everything() if everything else stage.keyed.changed()
             keys = partial(pack_keys, saved.keys)
             arrays[f"stage/{stage.name}"] = {
-                "first": np.int64(saved.first), "keys": keys, "numbers": saved.numbers, "rows": saved.rows
+                "named": saved.named, "keys": keys, "gone": saved.gone, "numbers": saved.numbers, "rows": saved.rows
             }  # fmt: skip
         numbers, other = self.pending.save()
         arrays["pending"] = {"numbers": numbers, "other": pack_table(other)}
@@ -529,7 +560,7 @@ class Pipeline:
             for stage in self.stages:
                 saved: Any = link[f"stage/{stage.name}"]
                 names = unpack_keys(saved["keys"])
-                stage.keyed.restore(Rows(int(saved["first"]), names, saved["numbers"], saved["rows"]))
+                stage.keyed.restore(Rows(saved["named"], names, saved["gone"], saved["numbers"], saved["rows"]))
         state: Any = arrays
         self.pending.load(state["pending"]["numbers"], unpack_table(state["pending"]["other"]))
         self.queue = unpack_table(state["queue"]) if "queue" in state else None
