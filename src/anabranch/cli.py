@@ -90,6 +90,26 @@ def run(
 
 
 @app.command()
+def serve(
+    pipeline: Annotated[Path, typer.Argument(help="A pipeline file (TOML), or one of a bare cell.")],
+    host: Annotated[str | None, typer.Option(help="Address, instead of the one in the file.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port, instead of the one in the file; 0 is any.")] = None,
+) -> None:
+    """Serve a pipeline or a cell to live clients until SIGTERM; a later server goes on where it ended."""
+    from anabranch.run.config import ConfigError, read_served
+
+    try:
+        config = read_served(pipeline)
+        said = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+        config = config.model_copy(update={"serve": config.serve.model_copy(update=said)})
+        from anabranch.run import server
+
+        server.serve(config, pipeline.parent)
+    except (ConfigError, ImportError) as error:
+        _fail(error)
+
+
+@app.command()
 def methods(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None, as_json: _AsJson = False
 ) -> None:

@@ -142,6 +142,9 @@ class ServedPipeline:
         self.pipeline = Pipeline(config.model_copy(update={"source": live, "out": out}), folder, source=[])
         self.lateness = config.source.lateness
         self.time = config.source.time
+        label = config.label
+        self._names = {name for stage in config.stage for name in stage.columns}
+        self._names |= {label.id} if label is not None and label.id is not None else set()
 
     def open(self) -> int:
         self.pipeline.open(resume=True)
@@ -150,6 +153,10 @@ class ServedPipeline:
     def prepare(self, events: list[dict]) -> list[dict]:
         now = time.time()
         return [event if event.get(self.time) is not None else {**event, self.time: now} for event in events]
+
+    def own(self, tenant: str, event: dict) -> dict:
+        """An event of a tenant: its keys and its id are another's only by name."""
+        return {name: f"{tenant}/{value}" if name in self._names else value for name, value in event.items()}
 
     def step(self, batch: list[dict]) -> list[dict]:
         pipeline = self.pipeline
