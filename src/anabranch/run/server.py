@@ -10,6 +10,8 @@ import hashlib
 import hmac
 import json
 import logging
+import signal
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -428,10 +430,25 @@ async def _http(request: Request, error: Exception) -> Response:
 _HANDLERS: Any = {Full: _refused, Closed: _closed, HTTPException: _http}
 
 
+class _Lines(logging.Formatter):
+    """A line of JSON for each message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {"time": record.created, "level": record.levelname, "logger": record.name, "text": record.getMessage()}
+        if record.exc_info:
+            said["trace"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
 def serve(config: PipelineConfig | ServedCellFile, folder: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then answer what waits, and write a last checkpoint."""
     import uvicorn
 
+    if not sys.stderr.isatty():
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Lines())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, and then raises it again
     server = Server(config, folder)
     said = config.serve
     uvicorn.run(
