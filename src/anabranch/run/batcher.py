@@ -17,6 +17,9 @@ from anabranch.run.metrics import Metrics
 log = logging.getLogger("anabranch.serve")
 
 
+WATCHED = 16
+
+
 class Full(Exception):
     """There is no room for more events; come again after `after` seconds."""
 
@@ -73,6 +76,7 @@ class Batcher:
         self._done: dict[Hashable, int] = {}
         self._tenants: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
+        self._watched: dict[Hashable, deque] = {}
         self._come = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._open = True
@@ -106,6 +110,12 @@ class Batcher:
         self.waiting += n
         self._come.set()
         return answered
+
+    def watch(self, stream: Hashable) -> list[Any]:
+        """The last answers of a stream; of the `WATCHED` last streams that were asked for some are kept."""
+        if stream not in self._watched and len(self._watched) == WATCHED:
+            del self._watched[next(iter(self._watched))]
+        return list(self._watched.setdefault(stream, deque(maxlen=200)))
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """What a function returns that must not run while a batch does."""
@@ -196,7 +206,9 @@ class Batcher:
             request.answers += answers[at : at + some]
             at += some
             if len(request.answers) == len(request.events):
-                self.metrics.answered(request.stream, len(request.events), now - request.arrival)
+                self.metrics.answered(len(request.events), now - request.arrival)
+                if request.stream in self._watched:
+                    self._watched[request.stream].extend(request.answers)
                 if not request.answered.done():  # a client that has gone
                     request.answered.set_result(request.answers)
 

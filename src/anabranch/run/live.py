@@ -154,6 +154,13 @@ class ServedPipeline:
         now = time.time()
         return [event if event.get(self.time) is not None else {**event, self.time: now} for event in events]
 
+    def quality(self) -> dict[str, dict[str, Any]]:
+        """The scores so far, by group."""
+        return {
+            group: {name: None if value != value else value for name, value in scores.value().items()}
+            for group, scores in sorted(self.pipeline.scores.items())
+        }
+
     def own(self, tenant: str, event: dict) -> dict:
         """An event of a tenant: its keys and its id are another's only by name."""
         return {name: f"{tenant}/{value}" if name in self._names else value for name, value in event.items()}
@@ -294,6 +301,16 @@ class ServedCell:
     def seen(self, key: str) -> int:
         """How many events of a stream have counted."""
         return int(self.keyed.state(key)[0]) if key in self.keyed else 0
+
+    def recent(self, prefix: str, most: int = 50) -> list[dict[str, Any]]:
+        """The streams whose name begins so that had events last: name, events, and seconds ago."""
+        now, found = time.monotonic(), []
+        for key in reversed(self._seen):
+            if len(found) == most:
+                break
+            if key.startswith(prefix):
+                found.append({"stream": key[len(prefix) :], "n": self.seen(key), "ago": now - self._seen[key]})
+        return found
 
     def prepare(self, events: list[CellEvent]) -> CellBatch:
         now = time.monotonic()

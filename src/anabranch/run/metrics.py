@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ class Metrics:
         self.streams.set(streams)
         self._batches.append((time.monotonic(), events, seconds))
 
-    def answered(self, stream: Hashable, events: int, latency: float) -> None:
+    def answered(self, events: int, latency: float) -> None:
         """A request has been answered."""
         self.events.inc(events)
         self.latency.observe(latency)

@@ -20,14 +20,15 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from anabranch.batching import Deadlines, Scheduler
-from anabranch.run import oip
+from anabranch.run import oip, wire
 from anabranch.run.batcher import Batcher, Closed, Full
 from anabranch.run.config import ConfigError, PipelineConfig, ServeConfig, ServedCellFile
-from anabranch.run.live import END, START, CellEvent, Live, ServedCell, ServedPipeline
+from anabranch.run.live import Live, ServedCell, ServedPipeline
 from anabranch.run.metrics import Metrics
 
 log = logging.getLogger("anabranch.serve")
@@ -72,6 +73,8 @@ class Server:
             WebSocketRoute("/v1/stream", self.stream),
             WebSocketRoute("/v1/stream/{key:path}", self.one_stream),
             Route("/v1/stats", self.stats),
+            Route("/v1/streams", self.streams),
+            Route("/v1/streams/{key:path}", self.watch),
             Route("/healthz", lambda request: PlainTextResponse("ok")),
             Route("/readyz", self.is_ready),
             Route("/metrics", self.prometheus),
@@ -81,6 +84,7 @@ class Server:
             *(Route(path, self.model) for path in (model, model + "/versions/{version}")),
             *(Route(path + "/ready", self.model_ready) for path in (model, model + "/versions/{version}")),
             *(Route(path + "/infer", self.infer, methods=["POST"]) for path in (model, model + "/versions/{version}")),
+            Mount("/", StaticFiles(directory=Path(__file__).parent / "dashboard", html=True)),
         ]
 
     @contextlib.asynccontextmanager
@@ -149,42 +153,52 @@ class Server:
         """One event, or a list of them."""
         tenant = self.tenant(request)
         said = _json(await _body(request, self.config.max_message))
-        client = request.client
         many = isinstance(said, list)
-        where = ("http", tenant, client.host if client else "", client.port if client else 0)
-        answers = await (await self._submit(said if many else [said], tenant, where))
+        answers = await (await self._submit(self._parsed(said if many else [said], tenant, request), tenant))
+        answers = [wire.say(self.served, answer) for answer in answers]
         return JSONResponse({"results": answers} if many else answers[0])
 
-    async def _submit(
-        self, said: list, tenant: str, where: tuple, *, patient: bool = False
-    ) -> Awaitable[list[dict[str, Any]]]:
-        """Submit events as JSON; returns what awaits their answers. The bad ones are answered with an error."""
-        answers: list[Any] = [None] * len(said)
-        streams: dict[Any, list[tuple[int, Any]]] = {}
-        for i, event in enumerate(said):
+    def _parsed(self, said: list, tenant: str, connection: HTTPConnection) -> list[wire.Parsed | ValueError]:
+        client = connection.client
+        where = (tenant, client.host, client.port) if client else (tenant,)
+        owner, found = tenant if self.tenants is not None else None, []
+        for event in said:
             try:
-                stream, parsed = self._parse(event, tenant, where)
+                found.append(wire.parse(self.served, event, owner, where))
             except ValueError as error:
-                self.metrics.bad.inc()
-                answers[i] = {"error": str(error)}
-            else:
-                streams.setdefault(stream, []).append((i, parsed))
-        waiting = []
-        for stream, events in streams.items():
-            parsed = [event for _, event in events]
-            # A list is taken whole or not at all: once some of it has been, the rest waits for room.
-            submitted = await self._enqueue(stream, tenant, parsed, patient=patient or bool(waiting))
-            waiting.append((events, submitted))
+                found.append(error)
+        return found
 
-        async def collect() -> list[dict[str, Any]]:
-            for events, answered in waiting:
-                for (i, _), answer in zip(events, await answered):
-                    answers[i] = self._said(answer)
+    async def _submit(
+        self, events: list[wire.Parsed | ValueError], tenant: str, *, patient: bool = False
+    ) -> asyncio.Future[list[Any]]:
+        """Submit events, and return what awaits their answers; a bad event is its own answer.
+
+        Raises:
+            Full: if there is no room, unless `patient`, which waits for it.
+        """
+        answers: list[Any] = list(events)
+        streams: dict[Any, list[int]] = {}
+        for i, parsed in enumerate(events):
+            if isinstance(parsed, ValueError):
+                self.metrics.bad.inc()
+            else:
+                streams.setdefault(parsed.stream, []).append(i)
+        waiting = []
+        for stream, mine in streams.items():
+            # A list is taken whole or not at all: once some of it has been, the rest waits for room.
+            some = [answers[i].event for i in mine]
+            waiting.append((mine, await self._enqueue(stream, tenant, some, patient or bool(waiting))))
+
+        async def collect() -> list[Any]:
+            for mine, answered in waiting:
+                for i, answer in zip(mine, await answered):
+                    answers[i] = answer
             return answers
 
         return asyncio.ensure_future(collect())
 
-    async def _enqueue(self, stream: Any, tenant: str, events: list, *, patient: bool) -> asyncio.Future:
+    async def _enqueue(self, stream: Any, tenant: str, events: list, patient: bool) -> asyncio.Future[list[Any]]:
         while True:
             try:
                 return self.batcher.submit(stream, tenant, events)
@@ -193,88 +207,57 @@ class Server:
                     raise
                 await asyncio.sleep(0.005)
 
-    def _parse(self, event: Any, tenant: str, where: tuple) -> tuple[Any, Any]:
-        """An event as JSON: its stream, and what is submitted."""
-        if isinstance(event, HTTPException):
-            raise ValueError(event.detail)
-        if not isinstance(event, dict):
-            raise ValueError(f"expected an object, got {type(event).__name__}")
-        if isinstance(self.served, ServedPipeline):
-            return where, self.served.own(tenant, event) if self.tenants is not None else event
-        stream = event.get("stream")
-        if not isinstance(stream, str) or not stream:
-            raise ValueError(f"stream: expected a name, got {stream!r}")
-        flags = (START if event.get("start") is True else 0) | (END if event.get("end") is True else 0)
-        unknown = event.keys() - {"stream", "x", "start", "end"}
-        if unknown:
-            raise ValueError(f"unknown field {min(unknown)!r}")
-        x = event.get("x")
-        parts = []
-        for tensor in self.served.inputs:
-            given = x if len(self.served.inputs) == 1 else x.get(tensor.name) if isinstance(x, dict) else None
-            parts.append(oip.numbers(given, tensor, "x" if given is x else f"x.{tensor.name}").tobytes())
-        key = f"{tenant}/{stream}"
-        return key, CellEvent(key, b"".join(parts), flags)
-
-    def _said(self, answer: Any) -> Any:
-        if isinstance(self.served, ServedPipeline):
-            return {name: None if value != value else value for name, value in answer.items()}
-        n, data = answer
-        values = [array[0].tolist() for array in oip.arrays(self.served.outputs, [data])]
-        names = [tensor.name for tensor in self.served.outputs]
-        return {"n": n, "y": values[0] if len(values) == 1 else dict(zip(names, values))}
-
     async def stream(self, socket: WebSocket) -> None:
-        """Events and answers as JSON, a message for a message, in order."""
+        """Events and answers, a message for a message, in order: JSON, or for a cell frames of bytes."""
         tenant = await self._accept(socket)
         if tenant is None:
             return
-        client = socket.client
-        where = ("ws", tenant, client.host if client else "", client.port if client else 0)
+        served, owner = self.served, tenant if self.tenants is not None else None
 
-        async def take(message: Any) -> Awaitable[str]:
+        async def take(message: str | bytes) -> Awaitable[str | bytes]:
+            if isinstance(message, bytes) and isinstance(served, ServedCell):
+                return _then(
+                    await self._submit([*wire.parse_frame(served, owner, message)], tenant, patient=True),
+                    wire.say_bytes,
+                )
             try:
                 said = _json(message)
             except HTTPException as error:
-                said = error
+                return _then(
+                    await self._submit([ValueError(error.detail)], tenant), lambda a: json.dumps(wire.say(served, a[0]))
+                )
             many = isinstance(said, list)
-            answered = await self._submit(said if many else [said], tenant, where, patient=True)
+            parsed = self._parsed(said if many else [said], tenant, socket)
+            answered = await self._submit(parsed, tenant, patient=True)
 
-            async def answer() -> str:
-                answers = await answered
-                return json.dumps(answers if many else answers[0])
+            def say(answers: list[Any]) -> str:
+                told = [wire.say(served, answer) for answer in answers]
+                return json.dumps(told if many else told[0])
 
-            return asyncio.ensure_future(answer())
+            return _then(answered, say)
 
-        await self._converse(socket, take, socket.send_text)
+        await self._converse(socket, take)
 
     async def one_stream(self, socket: WebSocket) -> None:
         """One stream of a cell, as bytes. It begins with what of it has counted: `{"seen": n}`.
 
         A message holds one event after the other; its answer the output of each, after its number (4 bytes).
         """
-        if not isinstance(self.served, ServedCell):
-            raise HTTPException(404, "this server takes rows, at /v1/stream")
+        served = self.served
+        if not isinstance(served, ServedCell):
+            return await socket.close(4404, "this server takes rows, at /v1/stream")
         tenant = await self._accept(socket)
         if tenant is None:
             return
-        served, key = self.served, f"{tenant}/{socket.path_params['key']}"
+        key = f"{tenant}/{socket.path_params['key']}"
         seen = await self.batcher.call(lambda: served.seen(key))
         await socket.send_text(json.dumps({"seen": seen}))
 
-        async def take(message: Any) -> Awaitable[bytes]:
-            data = message.encode() if isinstance(message, str) else message
-            if not data or len(data) % served.width:
-                raise ValueError(f"a message holds a multiple of {served.width} bytes, got {len(data)}")
-            events = [CellEvent(key, data[at : at + served.width]) for at in range(0, len(data), served.width)]
-            answered = await self._enqueue(key, tenant, events, patient=True)
+        async def take(message: str | bytes) -> Awaitable[bytes]:
+            events = wire.parse_stream(served, key, message)
+            return _then(await self._enqueue(key, tenant, events, patient=True), wire.say_bytes)
 
-            async def answer() -> bytes:
-                return b"".join(n.to_bytes(4, "little") + y for n, y in await answered)
-
-            return asyncio.ensure_future(answer())
-
-        await self._converse(socket, take, socket.send_bytes)
+        await self._converse(socket, take)
 
     async def _accept(self, socket: WebSocket) -> str | None:
         try:
@@ -285,7 +268,7 @@ class Server:
         await socket.accept()
         return tenant
 
-    async def _converse(self, socket: WebSocket, take: Callable[[Any], Awaitable], send: Callable) -> None:
+    async def _converse(self, socket: WebSocket, take: Callable[[Any], Awaitable[Awaitable[str | bytes]]]) -> None:
         """Answer messages in their order. Who sends more than is answered is read no further."""
         taken: asyncio.Queue[Awaitable] = asyncio.Queue(IN_FLIGHT)
 
@@ -295,7 +278,8 @@ class Server:
 
         async def write() -> None:
             while True:
-                await send(await (await taken.get()))
+                said = await (await taken.get())
+                await (socket.send_text(said) if isinstance(said, str) else socket.send_bytes(said))
 
         self.metrics.sessions.inc()
         reader, writer = asyncio.create_task(read()), asyncio.create_task(write())
@@ -327,17 +311,42 @@ class Server:
     async def stats(self, request: Request) -> Response:
         """The figures of the last seconds."""
         self.tenant(request)
-        served = self.served
-        stages = {"cell": served.keyed} if isinstance(served, ServedCell) else {
-            stage.name: stage.keyed for stage in served.pipeline.stages
-        }  # fmt: skip
-        keys = {
+        served, value = self.served, self.metrics.registry.get_sample_value
+        found = {
+            "name": self.name,
+            "waiting": self.batcher.waiting,
+            "sessions": value("anabranch_sessions"),
+            "bad": value("anabranch_events_bad_total"),
+            "refused": value("anabranch_events_refused_total"),
+            **self.metrics.snapshot(),
+        }
+        if isinstance(served, ServedCell):
+            stages = {"cell": served.keyed}
+        else:
+            stages = {stage.name: stage.keyed for stage in served.pipeline.stages}
+            counts = served.pipeline.counts
+            found["dead_letters"] = counts["dead_letters"]
+            found["labels"] = {name: counts[name] for name in ("learned", "expired", "dropped", "unknown")}
+            found["quality"] = await self.batcher.call(served.quality)
+        found["keys"] = {
             name: {"keys": len(keyed), "spilled": keyed.spilled, "bytes": keyed.nbytes}
             for name, keyed in stages.items()
         }
-        return JSONResponse(
-            {"name": self.name, "waiting": self.batcher.waiting, "keys": keys, **self.metrics.snapshot()}
-        )
+        return JSONResponse(found)
+
+    async def streams(self, request: Request) -> Response:
+        """The streams of a cell that had events most recently."""
+        prefix = self.tenant(request) + "/"
+        served = self.cell(self.name)
+        return JSONResponse({"streams": await self.batcher.call(lambda: served.recent(prefix))})
+
+    async def watch(self, request: Request) -> Response:
+        """What a stream of a cell has answered since it was first watched."""
+        name = request.path_params["key"]
+        key, served = f"{self.tenant(request)}/{name}", self.cell(self.name)
+        seen = await self.batcher.call(lambda: served.seen(key))
+        recent = [wire.say(served, answer) for answer in self.batcher.watch(key)]
+        return JSONResponse({"stream": name, "n": seen, "recent": recent})
 
     # The Open Inference Protocol
 
@@ -374,6 +383,10 @@ class Server:
             return Response(head, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(length)}
         return Response(head + data, media_type="application/octet-stream", headers=headers)
+
+
+async def _then(answered: Awaitable[list[Any]], say: Callable[[list[Any]], Any]) -> Any:
+    return say(await answered)
 
 
 async def _body(request: Request, most: int) -> bytes:
