@@ -10,8 +10,8 @@ GATEWAYS = 5
 
 
 def router() -> PaymentRouter:
-    """Chooses among five gateways; up to 256 outcomes of one kind of payment may be on their way."""
-    return PaymentRouter(DiscountedUCB(GATEWAYS, gamma=0.995), capacity=256)
+    """Chooses among five gateways; up to 128 outcomes of one kind of payment may be on their way."""
+    return PaymentRouter(DiscountedUCB(GATEWAYS, gamma=0.995), capacity=128)
 
 
 def event() -> Ask:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.batching import Scheduler, View
-from anabranch.run.live import Live
+from anabranch.run.live import Live, NotTaken
 from anabranch.run.metrics import Metrics
 
 log = logging.getLogger("anabranch.serve")
@@ -29,7 +29,7 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """The server takes no more events."""
+    """The events were not taken: the server is about to end, or cannot write its journal."""
 
 
 class Request:
@@ -124,6 +124,7 @@ class Batcher:
     async def run(self) -> None:
         """Step batches until `drain`."""
         state = self.policy.init()
+        taken: list[tuple[Request, int]] = []
         try:
             while self._open or self.waiting:
                 if not self.waiting:
@@ -137,21 +138,40 @@ class Batcher:
                     self._come.clear()
                     await _within(self._come, max(0.0, (batch.timer or view.now + 0.001) - view.now))
                     continue
-                requests, events = self._take(streams, batch.take)
+                taken, events = self._take(streams, batch.take)
                 begin = time.monotonic()
-                answers = await self.call(lambda: self.live.step(events))
+                try:
+                    answers = await self.call(lambda: self.live.step(events))
+                except NotTaken as error:
+                    log.error("%s", error)
+                    self._refuse([request for request, _ in taken], error)
+                    await asyncio.sleep(0.1)
+                    continue
                 took = time.monotonic() - begin
                 state = self.policy.learn(state, view, batch, took)
-                self._answer(requests, answers)
+                self._answer(taken, answers)
                 self.metrics.batch(len(events), len(streams), took)
         except BaseException as error:
             self.failure = error
             self._open = False
-            for queue in self._streams.values():
-                for request in queue:
-                    if not request.answered.done():
-                        request.answered.set_exception(Closed(f"the server has failed: {error}"))
+            self._refuse([request for request, _ in taken], error)
+            self._refuse([request for queue in self._streams.values() for request in queue], error)
             raise
+
+    def _refuse(self, requests: list[Request], error: BaseException) -> None:
+        """Tell those who wait that nothing comes. What is left of a request in its queue goes too."""
+        for request in requests:
+            if not request.answered.done():
+                request.answered.set_exception(Closed(str(error)))
+            queue = self._streams.get(request.stream)
+            if queue and queue[0] is request:
+                queue.popleft()
+                left = len(request.events) - request.taken
+                self._counts[request.stream] -= left
+                self._tenants[request.tenant] -= left
+                self.waiting -= left
+                if not queue:
+                    del self._streams[request.stream], self._counts[request.stream], self._done[request.stream]
 
     async def drain(self, task: asyncio.Task) -> None:
         """Take no more events, and step those that wait."""

@@ -32,6 +32,10 @@ START, END = 1, 2
 """Flags of a cell's event: the stream begins anew with it; its state is dropped after it."""
 
 
+class NotTaken(Exception):
+    """A batch was not stepped, and nothing has changed: it may be sent again."""
+
+
 class Served(Protocol):
     """What `Live` keeps alive."""
 
@@ -87,7 +91,11 @@ class Live:
         return self.batches - first
 
     def step(self, events: list[Any]) -> list[Any]:
-        """The answers to a batch, once they count."""
+        """The answers to a batch, once they count.
+
+        Raises:
+            NotTaken: if the journal cannot be written, the disk being full for instance.
+        """
         return self._go(self.served.prepare(events))
 
     def expire(self) -> None:
@@ -99,7 +107,10 @@ class Live:
     def _go(self, batch: Any) -> list[Any]:
         written = None
         if self.durable:
-            self.journal.append(self.served.pack(batch))
+            try:
+                self.journal.append(self.served.pack(batch))
+            except OSError as error:
+                raise NotTaken(f"the journal cannot be written: {error}") from error
             written = self._sync.submit(self.journal.sync)  # beside the step
         answers = self.served.step(batch)
         self.batches += 1
