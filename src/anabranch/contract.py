@@ -310,7 +310,8 @@ class _Trial:
                 # Each step starts from the states of the separate runs, so that rounding does not add up.
                 together = _host(batched(self.weights, states, xs))
                 for i in range(lanes):
-                    worst = worst.or_worse(_compare(_host(alone[i]), jax.tree.map(lambda leaf, i=i: leaf[i], together)))
+                    mine = jax.tree.map(lambda leaf, i=i: leaf[i, ...], together)  # arrays, even of no dimension
+                    worst = worst.or_worse(_compare(_host(alone[i]), mine))
                 compared += 1
             states = [state for state, _ in alone]
         what = f"{lanes} streams, {compared} steps"

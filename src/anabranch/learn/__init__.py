@@ -1,6 +1,7 @@
 """Models that keep learning on the stream, and what it takes to follow them: detectors, metrics, `streams`."""
 
 from anabranch.learn import streams
+from anabranch.learn.anomaly import Anomaly, AnomalyLikelihood, HalfSpaceTrees
 from anabranch.learn.base import Alarm, Detector, label
 from anabranch.learn.detect import ADWIN, DDM, PageHinkley
 from anabranch.learn.linear import (
@@ -26,7 +27,7 @@ from anabranch.learn.metrics import (
 from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 
 __all__ = [
-    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Calibration", "Detector", "HoeffdingTree",
+    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Anomaly", "AnomalyLikelihood", "Calibration", "Detector", "HalfSpaceTrees", "HoeffdingTree",
     "Kappa", "KappaM", "KappaT", "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley",
     "Scaled", "Scaler", "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
 ]  # fmt: skip
