@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo serve test lint docs bench clean
 
 demo: .venv/demo
 	$(BIN)/anabranch run examples/flights.toml
 
+serve: .venv/serve
+	$(BIN)/anabranch serve examples/payment_routing.toml
+
 test: .venv/test
+	scripts/servers
 	JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR:-$(CURDIR)/.cache/jax} $(BIN)/python -m pytest
 
 lint: .venv/dev

@@ -48,6 +48,7 @@ every = 0.5
 {serve}
 """
 
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -183,7 +184,7 @@ def test_an_unmodified_tritonclient_drives_a_sequence(cell, protocol):
     xs, outs, answers = events(6, 3), [], []
     if protocol == "stream":
         client.start_stream(lambda result, error: answers.append((result, error)))
-    for turn in range(2):  # the second sequence of the same id begins anew
+    for _ in range(2):  # the second sequence of the same id begins anew
         for i in range(0, 6, 2):
             x = triton.InferInput("x", [2, 3], "FP32")
             x.set_data_from_numpy(xs[i : i + 2])
@@ -228,7 +229,7 @@ def test_tenants_cannot_reach_each_others_streams(tmp_path):
     assert n == [2, 2]
     sneaky = {"stream": "../bob/same", "x": [1, 1, 1]}
     assert httpx.post(server.url + "/v1/events", json=sneaky, headers=headers["ann"]).json()["n"] == 1
-    with pytest.raises(Exception, match="403|4401|401"):
+    with pytest.raises(Exception, match=r"403|4401|401"):
         connect(server.ws + "/v1/stream/same").recv()
     with connect(server.ws + "/v1/stream/same", additional_headers=headers["bob"]) as ws:
         assert json.loads(ws.recv()) == {"seen": 2}

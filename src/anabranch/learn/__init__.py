@@ -27,7 +27,8 @@ from anabranch.learn.metrics import (
 from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 
 __all__ = [
-    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Anomaly", "AnomalyLikelihood", "Calibration", "Detector", "HalfSpaceTrees", "HoeffdingTree",
-    "Kappa", "KappaM", "KappaT", "LinearRegression", "LogLoss", "LogisticRegression", "Metric", "PageHinkley",
-    "Scaled", "Scaler", "SoftmaxRegression", "WindowedAccuracy", "adagrad", "ftrl", "label", "streams",
+    "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Anomaly", "AnomalyLikelihood", "Calibration",
+    "Detector", "HalfSpaceTrees", "HoeffdingTree", "Kappa", "KappaM", "KappaT", "LinearRegression", "LogLoss",
+    "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler", "SoftmaxRegression", "WindowedAccuracy",
+    "adagrad", "ftrl", "label", "streams",
 ]  # fmt: skip

@@ -98,6 +98,10 @@ class Service:
         return response
 
 
+def _to_bytes(message: Any) -> bytes:
+    return message.SerializeToString()
+
+
 async def start(server: Any, host: str, port: int) -> grpc.aio.Server:
     """A gRPC server on this port."""
     said = server.config
@@ -105,11 +109,9 @@ async def start(server: Any, host: str, port: int) -> grpc.aio.Server:
     service, handlers = Service(server), {}
     for name in ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer"):
         request = getattr(pb, name + "Request")
-        handlers[name] = grpc.unary_unary_rpc_method_handler(
-            getattr(service, name), request.FromString, lambda answer: answer.SerializeToString()
-        )
+        handlers[name] = grpc.unary_unary_rpc_method_handler(getattr(service, name), request.FromString, _to_bytes)
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        service.ModelStreamInfer, pb.ModelInferRequest.FromString, lambda answer: answer.SerializeToString()
+        service.ModelStreamInfer, pb.ModelInferRequest.FromString, _to_bytes
     )
     made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),))
     if said.certificate is not None:

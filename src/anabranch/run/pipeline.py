@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from anabranch.cell import Cell, Event, Maybe, Timed
+from anabranch.run import brokers
 from anabranch.run import sink as sinks
 from anabranch.run.checkpoint import Checkpoints, pack_keys, pack_table, unpack_keys, unpack_table
 from anabranch.run.config import ConfigError, PipelineConfig, resolve
@@ -143,6 +145,9 @@ class Pipeline:
         self.scores: dict[str, Scores] = {}
         self.series: dict[str, Series] = {}
         self.sinks: dict[str, sinks.Sink] = {}
+        self.broker: brokers.Broker | None = None
+        self._stopped: Callable[[], bool] = lambda: False
+        self._unacknowledged: Any = None
         self.values: dict[str, np.ndarray] = {}
         self.pace: list[tuple[float, float, float]] = []
         self.batches = 0
@@ -156,7 +161,8 @@ class Pipeline:
 
         With `resume`, go on from the last checkpoint; without one, or without `resume`, start anew and replace what an
         earlier run has left in the folder of outputs. The outputs of a run that was killed and resumed equal, row for
-        row and bit for bit, those of one that was not.
+        row and bit for bit, those of one that was not. A live source has no end unless `source.idle` gives it one;
+        SIGINT or SIGTERM end the run with a checkpoint, from where a later run can resume.
         """
         finished = self.open(resume=resume)
         try:
@@ -175,14 +181,24 @@ class Pipeline:
         if not resume:
             sinks.clear(self.out)
         self.checkpoints = Checkpoints(self.out / "checkpoints", self.config.checkpoint.keep)
-        format = self.config.sink.format
-        self.sinks = {
-            "predictions": sinks.open_sink(self.out, "predictions", format),
-            "outcomes": sinks.open_sink(self.out, "outcomes", format),
-            "dead_letters": sinks.TextSink(self.out / "dead_letters.jsonl", "jsonl"),
-        }
+        self.sinks = {"dead_letters": sinks.TextSink(self.out / "dead_letters.jsonl", "jsonl")}
         try:
-            return resume and self._restore()
+            for name in ("predictions", "outcomes"):
+                self.sinks[name] = sinks.open_sink(self.out, name, self.config.sink)
+            if self._source is None:
+                self.broker = brokers.open_broker(self.config.source)
+            topic = self.config.sink.format == "kafka"
+            if topic and self.broker is not None and not self.broker.ordered:
+                raise ConfigError("sink.format: a topic cannot be cut back, so that the source must have one partition")
+            if resume and self._restore():
+                return True
+            if not resume:
+                for sink in self.sinks.values():
+                    sink.rewind(0)
+            if topic:  # what it holds from another run must be told from what this one will write
+                self.checkpoint()
+                self.checkpoints.wait()
+            return False
         except BaseException:
             self.abandon()
             raise
@@ -191,17 +207,21 @@ class Pipeline:
         """Make the outputs durable, and close them."""
         for sink in self.sinks.values():
             sink.close()
+        if self.broker is not None:
+            self.broker.close()
         self.checkpoints.close()
 
     def abandon(self) -> None:
         """Let go after a failure: a resumed run goes on from the last checkpoint."""
         for sink in self.sinks.values():
             sink.abandon()
+        if self.broker is not None:
+            self.broker.close()
         self.checkpoints.abandon()
 
     def _run(self, limit: int | None, progress: bool) -> None:
         begin = time.perf_counter()
-        with Progress(
+        bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -209,11 +229,13 @@ class Pipeline:
             TimeElapsedColumn(),
             console=Console(stderr=True),
             disable=not progress,
-        ) as bar:
+        )
+        with nullcontext(self._stopped) if self.broker is None else brokers.stops() as self._stopped, bar:
             finished = self._stream(limit, bar, begin)
-        self.seconds += time.perf_counter() - begin
-        self.checkpoint(finished)
-        self.checkpoints.wait()
+            self.seconds += time.perf_counter() - begin
+            self.checkpoint(finished)
+            self.checkpoints.wait()
+            self._acknowledge()
 
     def summary(self) -> Summary:
         """The figures so far."""
@@ -231,7 +253,10 @@ class Pipeline:
             checkpoint=str(files[-1]) if files else None,
         )
 
-    def _blocks(self) -> Iterable[Block]:
+    def _blocks(self, limit: int | None) -> Iterable[Block]:
+        if self.broker is not None:
+            config, wanted = self.config, self.typed.wanted
+            return brokers.blocks(self.broker, config.source, wanted, self.position, config.batch, limit, self._stopped)
         source = tables(self._source) if self._source is not None else open_source(self.config.source, self._call)
         return blocks_from(iter(source), self.position)
 
@@ -242,25 +267,29 @@ class Pipeline:
             total = min(self._source.num_rows, limit or self._source.num_rows)
         task = bar.add_task(self.config.name, total=total, note="", completed=self.counts["events"])
         size = self.config.batch
-        last, saved = begin, self.counts["events"]
+        full = size if self.broker is None else 1  # rows of a live source have waited long enough for others
+        last, saved, position = begin, self.counts["events"], self.position
 
         def go(rows: pa.Table) -> None:
-            nonlocal last, saved
             self.batch(rows)
             now = time.perf_counter()
             self._note_pace(self.seconds + now - begin)
             rate = self.counts["events"] / (self.seconds + now - begin)
             bar.update(task, completed=self.counts["events"], note=f"{rate:,.0f} events/s")
-            every = self.config.checkpoint
+            save_if_due()
+
+        def save_if_due() -> None:
+            nonlocal last, saved, position
+            now, every = time.perf_counter(), self.config.checkpoint
             due = every.events is not None and self.counts["events"] - saved >= every.events
             due = due or (every.seconds is not None and now - last >= every.seconds and not self.checkpoints.busy)
             if due:
                 self.seconds += now - begin  # a checkpoint says how long the run has taken so far
                 self.checkpoint()
                 self.seconds -= now - begin
-                last, saved = now, self.counts["events"]
+                last, saved, position = now, self.counts["events"], self.position
 
-        for block in self._blocks():
+        for block in self._blocks(limit):
             if limit is not None and self.position >= limit:
                 finished = False
                 break
@@ -276,9 +305,13 @@ class Pipeline:
             ends = [block.rows[-1] if len(block.rows) else -1, *(b.row for b in block.bad)]
             self.position = max(self.position, int(max(ends)) + 1)
             self._enqueue(rows)
-            while self.queue is not None and self.queue.num_rows >= size:
+            while self.queue is not None and self.queue.num_rows >= full:
                 rows, self.queue = self.queue.slice(0, size), self.queue.slice(size)
                 go(rows)
+            self._acknowledge()
+            if self.broker is not None and self.position > position:
+                save_if_due()
+        finished = finished and not self._stopped()
         rest = self.ordered.rest() if finished else None
         if rest is not None:
             self._enqueue(rest)
@@ -289,6 +322,17 @@ class Pipeline:
             self._process(None, np.inf)
         bar.update(task, completed=self.counts["events"], total=self.counts["events"])
         return finished
+
+    def _acknowledge(self) -> None:
+        """Tell the server of a live source what the last checkpoint holds, as soon as that is durable."""
+        if self.broker is None or self._unacknowledged is None or self.checkpoints.busy:
+            return
+        self.checkpoints.wait()
+        try:
+            self.broker.commit(self._unacknowledged)
+        except self.broker.errors as error:
+            brokers.log.warning("the source was not told of a checkpoint; the next one will do: %s", error)
+        self._unacknowledged = None
 
     def _enqueue(self, rows: pa.Table) -> None:
         if self.queue is None or not self.queue.num_rows:
@@ -512,7 +556,9 @@ class Pipeline:
     # Checkpoints
 
     def _fingerprint(self) -> str:
-        said = self.config.model_dump(mode="json", exclude={"out", "checkpoint", "report", "serve"})
+        server = {"url", "group", "idle", "linger"}  # it may move between a run and the one that resumes it
+        rest = dict.fromkeys(("out", "checkpoint", "report", "serve"), True)
+        said = self.config.model_dump(mode="json", exclude={**rest, "source": server, "sink": {"url"}})
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def checkpoint(self, finished: bool = False) -> None:
@@ -539,10 +585,12 @@ class Pipeline:
         arrays["pace"] = np.array(self.pace).reshape(len(self.pace), 3)
         meta = {
             "pipeline": self._fingerprint(), "position": self.position, "sinks": positions, "start": self.start,
-            "newest": self.ordered.newest if np.isfinite(self.ordered.newest) else None, "counts": self.counts,
+            "newest": self.ordered.newest if np.isfinite(self.ordered.newest) else None, "counts": dict(self.counts),
             "seconds": self.seconds, "values": names, "finished": finished, "batches": self.batches,
+            "source": None if self.broker is None else self.broker.position(),
         }  # fmt: skip
         self.checkpoints.save(arrays, meta)
+        self._unacknowledged = meta["source"]
 
     def _restore(self) -> bool:
         """Take over the last checkpoint and cut the outputs back to it; returns whether that run had finished."""
@@ -578,6 +626,8 @@ class Pipeline:
         self.seconds, self.batches = meta["seconds"], meta["batches"]
         for name, sink in self.sinks.items():
             sink.rewind(meta["sinks"][name])
+        if self.broker is not None:
+            self.broker.seek(meta["source"])
         return bool(meta["finished"])
 
     # Peers

@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from anabranch.run.config import SinkConfig
+
 
 class Sink(Protocol):
-    """An output of tables with one schema."""
+    """An output of tables with one schema. Positions are JSON; position 0 is the beginning of a run."""
 
     def write(self, table: pa.Table) -> None: ...
-    def position(self) -> int: ...
-    def rewind(self, position: int) -> None: ...
+    def position(self) -> Any: ...
+    def rewind(self, position: Any) -> None: ...
     def close(self) -> None: ...
     def abandon(self) -> None:
         """Let go without making anything durable: the run has failed, and will go on from its last checkpoint."""
@@ -151,13 +153,35 @@ class SqliteSink:
         self._db.close()
 
 
-def open_sink(folder: Path, name: str, format: str) -> Sink:
-    """The sink of one output of a pipeline."""
-    if format == "parquet":
-        return ParquetSink(folder / name)
-    if format == "sqlite":
-        return SqliteSink(folder / f"{name}.sqlite", name)
-    return TextSink(folder / f"{name}.{format}", format)
+def open_sink(folder: Path, name: str, config: SinkConfig) -> Sink:
+    """The sink of one output of a pipeline.
+
+    Raises:
+        ConfigError: if its server cannot be reached.
+        ImportError: if the library that speaks to it is not installed.
+    """
+    match config.format:
+        case "parquet":
+            return ParquetSink(folder / name)
+        case "sqlite":
+            return SqliteSink(folder / f"{name}.sqlite", name)
+        case "redis":
+            from anabranch.run.redis_streams import RedisSink
+
+            assert config.url is not None
+            return RedisSink(config.url, f"{config.stream}:{name}")
+        case "kafka":
+            from anabranch.run.kafka import KafkaSink
+
+            assert config.url is not None
+            return KafkaSink(config.url, f"{config.topic}.{name}")
+        case "postgres":
+            from anabranch.run.postgres import PostgresSink
+
+            assert config.url is not None
+            return PostgresSink(config.url, f"{config.table}_{name}")
+        case _:
+            return TextSink(folder / f"{name}.{config.format}", config.format)
 
 
 def clear(folder: Path) -> None:

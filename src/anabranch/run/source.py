@@ -46,12 +46,12 @@ def tables(source: Iterable | pa.Table) -> Iterator[Block]:
         elif isinstance(item, dict):
             held.append(item)
             if len(held) == BLOCK:
-                yield _records(held, first)
+                yield records(held, first)
                 first, held = first + len(held), []
         else:
             raise TypeError(f"a source gives Tables, record batches or dicts, got {type(item).__name__}")
     if held:
-        yield _records(held, first)
+        yield records(held, first)
 
 
 def parquet(path) -> Iterator[Block]:
@@ -99,15 +99,17 @@ def jsonl(lines: Iterable[str | bytes]) -> Iterator[Block]:
             row = json.loads(text)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got {type(row).__name__}")
+            if "\\u" in text:  # JSON may hold half of a surrogate pair, which is no text
+                json.dumps(row, ensure_ascii=False).encode()
             held.append(row)
             numbers.append(number)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             bad.append(Bad(number, f"not a JSON object: {error}", text.rstrip("\n")))
         if len(held) + len(bad) >= BLOCK:
-            yield _records(held, first, numbers, bad)
+            yield records(held, first, numbers, bad)
             held, bad, numbers = [], [], []
     if held or bad:
-        yield _records(held, first, numbers, bad)
+        yield records(held, first, numbers, bad)
 
 
 def stdin(format: str) -> Iterator[Block]:
@@ -115,7 +117,8 @@ def stdin(format: str) -> Iterator[Block]:
     return jsonl(sys.stdin.buffer) if format == "jsonl" else csv(sys.stdin.buffer)
 
 
-def _records(rows: list[dict], first: int, numbers: list[int] | None = None, bad: list[Bad] | None = None) -> Block:
+def records(rows: list[dict], first: int, numbers: list[int] | None = None, bad: list[Bad] | None = None) -> Block:
+    """Rows from dicts; they are numbered from `first` on, or by `numbers`."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:
