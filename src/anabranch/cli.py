@@ -56,7 +56,7 @@ def run(
         found: dict[str, Any] = {}
         if peers and limit is None and config.report.peers:
             found = made.compare(progress=not as_json)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, ImportError) as error:
         _fail(error)
     from anabranch.run import report as reports
 

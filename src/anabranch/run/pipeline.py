@@ -639,8 +639,8 @@ class Pipeline:
         predictions)`; only what was asked after `report.after` counts.
         """
         if self._source is None and self._call is None:
-            if self.config.source.kind == "stdin":
-                log.warning("nothing is compared: standard input cannot be read twice")
+            if self.config.source.kind in ("stdin", "redis", "kafka"):
+                log.warning("nothing is compared: a source of kind %s is not read twice", self.config.source.kind)
                 return {}
             table = pa.concat_tables([block.table for block in open_source(self.config.source, None)])
         else:
