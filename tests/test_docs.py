@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import anabranch
 from anabranch.cli import app
-from anabranch.run.config import PipelineConfig
+from anabranch.run.config import PipelineConfig, ServedCellFile
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -89,6 +89,9 @@ def test_page(page, namespace):
 
 
 def check_toml(said: dict) -> None:
+    if "cell" in said:
+        ServedCellFile.model_validate(said)
+        return
     whole = "source" in said and "stage" in said
     PipelineConfig.model_validate(said if whole else LEAST | said)
 
