@@ -4,8 +4,8 @@
 sent. This process is the world: a day of `PaymentSimulator` for 200 kinds of payment in as many seconds as the run
 lasts, with drifting success rates and outages. It sends transactions at a fixed rate in frames over a few WebSockets,
 and each one's outcome when it is known: after a log-normal time, median 0.3 s. The same transactions, with the same
-outcomes and delays, are then routed by others: always the best gateway on average (known only in hindsight), the one that
-was best in the first hour, a random one, and bandits of River and MABWiser, one for each kind, on a sample of the kinds.
+outcomes and delays, are then routed by others: always the best gateway on average (known only in hindsight), the one
+that was best in the first hour, a random one, and bandits of River and MABWiser, one a kind, on a sample of the kinds.
 
 `python bench/payments.py [--rate 12000] [--seconds 60] [--smoke]` writes `bench/results/payments.json`.
 """

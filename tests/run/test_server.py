@@ -205,6 +205,17 @@ def test_an_unmodified_tritonclient_drives_a_sequence(cell, protocol):
     client.close()
 
 
+def test_what_json_cannot_say_is_null(cell):
+    with connect(cell.ws + "/v1/stream/nan") as ws:
+        ws.recv()
+        ws.send(np.full(3, np.nan, np.float32).tobytes())
+        assert np.isnan(np.frombuffer(ws.recv(), "<f4", offset=4)).all()
+    answer = httpx.post(cell.url + "/v1/events", json={"stream": "nan", "x": [0, 0, 0]})
+    assert answer.json() == {"n": 2, "y": [None] * 3}
+    huge = httpx.post(cell.url + "/v1/events", json={"stream": "nan", "x": [1e39, 0, 0]})
+    assert huge.json() == {"error": "x: expected float32[3], got [1e+39, 0, 0]"}
+
+
 def test_it_tells_of_itself(cell):
     httpx.post(cell.url + "/v1/events", json={"stream": "m", "x": [0, 0, 0]})
     metrics = httpx.get(cell.url + "/metrics").text

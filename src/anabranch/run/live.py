@@ -167,10 +167,7 @@ class ServedPipeline:
 
     def quality(self) -> dict[str, dict[str, Any]]:
         """The scores so far, by group."""
-        return {
-            group: {name: None if value != value else value for name, value in scores.value().items()}
-            for group, scores in sorted(self.pipeline.scores.items())
-        }
+        return {group: scores.value() for group, scores in sorted(self.pipeline.scores.items())}
 
     def own(self, tenant: str, event: dict) -> dict:
         """An event of a tenant: its keys and its id are another's only by name."""

@@ -174,13 +174,16 @@ def numbers(given: Any, tensor: Tensor, name: str) -> np.ndarray:
     """An array from nested lists, or flat ones.
 
     Raises:
-        ValueError: if these are not that many numbers; the message names them `name`.
+        ValueError: if these are not that many finite numbers; the message names them `name`.
     """
     try:
         array = np.asarray(given)
         if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and tensor.dtype.kind != "f"):
             raise ValueError
-        typed = array.astype(tensor.dtype).reshape(tensor.shape)
+        with np.errstate(over="ignore"):
+            typed = array.astype(tensor.dtype).reshape(tensor.shape)
+        if not np.isfinite(typed).all():
+            raise ValueError
         if array.dtype.kind in "iu" and not np.array_equal(typed.ravel(), array.ravel()) and tensor.dtype.kind != "f":
             raise ValueError
     except (ValueError, TypeError, OverflowError):

@@ -332,7 +332,7 @@ class Server:
             name: {"keys": len(keyed), "spilled": keyed.spilled, "bytes": keyed.nbytes}
             for name, keyed in stages.items()
         }
-        return JSONResponse(found)
+        return JSONResponse(wire.finite(found))
 
     async def streams(self, request: Request) -> Response:
         """The streams of a cell that had events most recently."""

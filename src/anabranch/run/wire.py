@@ -1,5 +1,6 @@
 """Events and answers as they go over the wire: JSON for rows and cells, frames of bytes for cells."""
 
+import math
 import struct
 from typing import Any, NamedTuple
 
@@ -48,9 +49,9 @@ def say(served: ServedPipeline | ServedCell, answer: Any) -> dict[str, Any]:
     if isinstance(answer, ValueError):
         return {"error": str(answer)}
     if isinstance(served, ServedPipeline):
-        return {name: None if value != value else value for name, value in answer.items()}
+        return finite(answer)
     n, data = answer
-    values = [array[0].tolist() for array in oip.arrays(served.outputs, [data])]
+    values = [finite(array[0].tolist()) for array in oip.arrays(served.outputs, [data])]
     names = [tensor.name for tensor in served.outputs]
     return {"n": n, "y": values[0] if len(values) == 1 else dict(zip(names, values))}
 
@@ -90,3 +91,12 @@ def parse_frame(served: ServedCell, tenant: str | None, data: bytes) -> list[Par
 def say_bytes(answers: list[tuple[int, bytes]]) -> bytes:
     """The number of each event in its stream (4 bytes), and its outputs."""
     return b"".join(_NUMBER.pack(n) + y for n, y in answers)
+
+
+def finite(value: Any) -> Any:
+    """The value, with None for the numbers that JSON cannot say."""
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
