@@ -349,3 +349,58 @@ def test_stages_that_cannot_work_are_refused_before_anything_runs(rows, tmp_path
     path.write_text(path.read_text().replace("cards_model:model", f"cards_wrong:{made}"))
     with pytest.raises(ConfigError, match=message):
         make(path, tmp_path / "out")
+
+
+LIVE = """
+import itertools
+import os
+import time
+import jax.numpy as jnp
+import pyarrow as pa
+from anabranch import Cell
+
+class Sum(Cell):
+    def init(self, *, key=None):
+        return jnp.zeros(())
+
+    def step(self, state, event):
+        return state + event.x[0], state + event.x[0]
+
+def ticks():
+    for i in itertools.count():
+        if i == 20:  # somebody presses Ctrl-C
+            import signal
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+        yield pa.table({"time": [time.time()] * 3, "who": ["a", "b", "c"], "value": [1.0, 2.0, float(i)]})
+"""
+
+
+def test_a_live_source_ends_with_ctrl_c_and_goes_on(tmp_path):
+    (tmp_path / "live_ticks.py").write_text(LIVE)
+    path = tmp_path / "live.toml"
+    path.write_text("""
+        name = "live"
+        [source]
+        kind = "python"
+        call = "live_ticks:ticks"
+        live = true
+        time = "time"
+        [[stage]]
+        name = "mean"
+        cell = "live_ticks:Sum"
+        key = "who"
+        inputs = ["value"]
+        [sink]
+        format = "jsonl"
+        columns = ["who"]
+    """)
+    for runs in (1, 2):
+        assert make(path, tmp_path / "out").run(resume=runs > 1).events == 60 * runs
+        written = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+        assert [row["row"] for row in written] == list(range(60 * runs))
+        assert [row["who"] for row in written] == ["a", "b", "c"] * 20 * runs
+        assert [row["prediction"] for row in written[1::3]] == [2.0 * (i + 1) for i in range(20 * runs)]
+    path.write_text(path.read_text().replace('kind = "python"\n        call = "live_ticks:ticks"', 'kind = "stdin"'))
+    with pytest.raises(ConfigError, match=r"live"):
+        read(path)

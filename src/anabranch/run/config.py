@@ -38,6 +38,8 @@ class SourceConfig(Section):
     """The file, for csv, jsonl and parquet; relative to the pipeline file."""
     call: str | None = None
     """`module:function`, for python; it returns a pyarrow Table, or an iterable of Tables or dicts."""
+    live: bool = False
+    """For python: rows come as they happen and cannot be had again. A resumed run goes on with those that come then."""
     format: Literal["csv", "jsonl"] = "jsonl"
     """How stdin is written."""
     url: str | None = None
@@ -63,8 +65,8 @@ class SourceConfig(Section):
     def _has_its_place(self):
         live = ("redis", "kafka")
         owners = {
-            "path": ("csv", "jsonl", "parquet"), "call": ("python",), "format": ("stdin",), "url": live,
-            "stream": ("redis",), "topic": ("kafka",), "group": live, "idle": live, "linger": live,
+            "path": ("csv", "jsonl", "parquet"), "call": ("python",), "live": ("python",), "format": ("stdin",),
+            "url": live, "stream": ("redis",), "topic": ("kafka",), "group": live, "idle": live, "linger": live,
         }  # fmt: skip
         required = {"path", "call", "url", "stream", "topic", "group"}
         _only_its_own(self, self.kind, owners, required, "a source of kind")

@@ -7,6 +7,7 @@ stage feeds only those after it, that equals event by event.
 
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -97,6 +98,7 @@ class Pipeline:
         self._call = (
             resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
         )
+        self.live = config.source.live and source is None
         self._reset()
 
     def _cell(self, i: int, config, features: int) -> Cell:
@@ -230,7 +232,8 @@ class Pipeline:
             console=Console(stderr=True),
             disable=not progress,
         )
-        with nullcontext(self._stopped) if self.broker is None else brokers.stops() as self._stopped, bar:
+        stops = brokers.stops() if self.live or self.broker is not None else nullcontext(self._stopped)
+        with stops as self._stopped, bar:
             finished = self._stream(limit, bar, begin)
             self.seconds += time.perf_counter() - begin
             self.checkpoint(finished)
@@ -257,6 +260,9 @@ class Pipeline:
         if self.broker is not None:
             config, wanted = self.config, self.typed.wanted
             return brokers.blocks(self.broker, config.source, wanted, self.position, config.batch, limit, self._stopped)
+        if self.live:
+            assert self._call is not None
+            return itertools.takewhile(lambda _: not self._stopped(), tables(self._call(), self.position))
         source = tables(self._source) if self._source is not None else open_source(self.config.source, self._call)
         return blocks_from(iter(source), self.position)
 
@@ -267,7 +273,7 @@ class Pipeline:
             total = min(self._source.num_rows, limit or self._source.num_rows)
         task = bar.add_task(self.config.name, total=total, note="", completed=self.counts["events"])
         size = self.config.batch
-        full = size if self.broker is None else 1  # rows of a live source have waited long enough for others
+        full = 1 if self.live or self.broker is not None else size  # live rows have waited long enough for others
         last, saved, position = begin, self.counts["events"], self.position
 
         def go(rows: pa.Table) -> None:

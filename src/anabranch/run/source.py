@@ -30,11 +30,11 @@ class Block(NamedTuple):
     bad: list[Bad]
 
 
-def tables(source: Iterable | pa.Table) -> Iterator[Block]:
-    """Rows from a Table, or from an iterable of Tables, record batches or dicts."""
+def tables(source: Iterable | pa.Table, first: int = 0) -> Iterator[Block]:
+    """Rows from a Table, or from an iterable of Tables, record batches or dicts, numbered from `first` on."""
     if isinstance(source, (pa.Table, pa.RecordBatch)):
         source = cast(Iterable, [source])
-    first, held = 0, []
+    held = []
     for item in source:
         if isinstance(item, pa.RecordBatch):
             item = pa.Table.from_batches([item])
