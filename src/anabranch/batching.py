@@ -26,7 +26,7 @@ class View(NamedTuple):
     waiting: Int32[np.ndarray, " N"]
     """How many events wait."""
     done: Int64[np.ndarray, " N"]
-    """How many events of the stream have been stepped."""
+    """How many events of the stream have been stepped since it last had nothing waiting."""
     tenant: Int32[np.ndarray, " N"]
     """Whose stream it is."""
     budget: int

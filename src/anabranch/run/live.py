@@ -321,11 +321,6 @@ class ServedCell:
         return found
 
     def prepare(self, events: list[CellEvent]) -> CellBatch:
-        now = time.monotonic()
-        for event in events:
-            self._seen.pop(event.key, None)
-            if not event.flags & END:
-                self._seen[event.key] = now
         keys = [event.key for event in events]
         flags = np.array([event.flags for event in events], np.uint8)
         data = np.frombuffer(b"".join(event.data for event in events), np.uint8).reshape(len(events), self.width)
@@ -348,6 +343,11 @@ class ServedCell:
         if batch.data.shape[1] == 0 and self.width:
             self.keyed.forget(batch.keys)
             return []
+        now = time.monotonic()
+        for key, flag in zip(batch.keys, batch.flags.tolist()):
+            self._seen.pop(key, None)
+            if not flag & END:
+                self._seen[key] = now
         answers: list[tuple[int, bytes]] = []
         for part in _uninterrupted(batch):
             keys, flags = batch.keys[part], batch.flags[part]
