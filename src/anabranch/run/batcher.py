@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.batching import Scheduler, View
-from anabranch.run.live import Live, NotTaken
+from anabranch.run.live import Live, NotTaken, Stuck
 from anabranch.run.metrics import Metrics
 
 log = logging.getLogger("anabranch.serve")
@@ -142,7 +142,7 @@ class Batcher:
                 begin = time.monotonic()
                 try:
                     answers = await self.call(lambda: self.live.step(events))
-                except NotTaken as error:
+                except (NotTaken, Stuck) as error:
                     log.error("%s", error)
                     self._refuse([request for request, _ in taken], error)
                     await asyncio.sleep(0.1)

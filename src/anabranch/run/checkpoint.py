@@ -74,10 +74,14 @@ class Checkpoints:
                 old.unlink()
 
     def wait(self) -> None:
-        """Wait until nothing is being written; raises what went wrong with it."""
+        """Wait until nothing is being written; raises what went wrong with it, and the next one is a full one."""
         if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+            writing, self._writing = self._writing, None
+            try:
+                writing.result()
+            except BaseException:
+                self._since_full = self.full_every
+                raise
 
     def close(self) -> None:
         """Finish writing."""

@@ -1,11 +1,14 @@
 """The journal of a server: what has been taken in since the last checkpoint, written down before it is acknowledged."""
 
+import itertools
 import logging
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from anabranch.run.sink import sync
 
 log = logging.getLogger("anabranch.journal")
 _HEAD = struct.Struct("<QII")  # number, length, checksum
@@ -27,8 +30,8 @@ class Journal:
         [(1, b'two rows')]
     """
 
-    def __init__(self, folder: str | Path, keep: int = 4):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.next = 0
         """The number of the next record."""
@@ -75,7 +78,7 @@ class Journal:
         if self._file is None:
             self._path = self.folder / f"{self.next:016d}.journal"
             self._file = open(self._path, "ab")
-            _sync_folder(self.folder)
+            sync(self.folder)
         number, start = self.next, self._file.tell()
         try:
             self._file.write(_HEAD.pack(number, len(data), zlib.crc32(data, number & 0xFFFFFFFF)))
@@ -94,11 +97,12 @@ class Journal:
         if self._file is not None:
             os.fdatasync(self._file.fileno())
 
-    def cut(self) -> None:
-        """A checkpoint holds all records so far: the next one begins a file, and files that no checkpoint needs go."""
+    def cut(self, first: int) -> None:
+        """Begin a file with the next record, and remove the files whose records all come before number `first`."""
         self.close()
-        for path in self._files()[: -self.keep]:
-            path.unlink()
+        for path, later in itertools.pairwise(self._files()):
+            if int(later.stem) <= first:
+                path.unlink()
 
     def close(self) -> None:
         """Make all records durable, and close."""
@@ -106,11 +110,3 @@ class Journal:
             self.sync()
             self._file.close()
             self._file = None
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

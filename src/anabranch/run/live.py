@@ -6,8 +6,10 @@ of a server that did not crash, and what was answered has been counted exactly o
 """
 
 import json
+import logging
 import re
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,14 +22,17 @@ import numpy as np
 from jaxtyping import Int, PyTree, UInt8
 
 from anabranch.cell import Cell
+from anabranch.run.alarms import Alarms
 from anabranch.run.checkpoint import Checkpoints, pack_keys, unpack_keys
 from anabranch.run.config import ConfigError, PipelineConfig, ServedCellConfig, resolve
 from anabranch.run.journal import Journal
 from anabranch.run.keyed import Keyed, Rows
+from anabranch.run.metrics import Spent
 from anabranch.run.pipeline import Pipeline
 from anabranch.run.rows import ROW, TIME
 from anabranch.run.source import records
 
+log = logging.getLogger("anabranch.serve")
 START, END = 1, 2
 """Flags of a cell's event: the stream begins anew with it; its state is dropped after it."""
 
@@ -36,11 +41,15 @@ class NotTaken(Exception):
     """A batch was not stepped, and nothing has changed: it may be sent again."""
 
 
+class Stuck(Exception):
+    """A batch is in the journal, but could not be stepped: it will count, once, as soon as it can be."""
+
+
 class Served(Protocol):
     """What `Live` keeps alive."""
 
     def open(self) -> int:
-        """Take over the last checkpoint; returns how many batches it holds."""
+        """Take over the last checkpoint, whatever was there before; returns how many batches it holds."""
         ...
 
     def prepare(self, events: list[Any]) -> Any:
@@ -61,6 +70,10 @@ class Served(Protocol):
         """Begin a checkpoint that holds this many batches."""
         ...
 
+    def wait(self) -> None:
+        """Wait for the checkpoint that was begun last; raises what went wrong with it."""
+        ...
+
     def close(self) -> None: ...
     def abandon(self) -> None: ...
 
@@ -68,68 +81,126 @@ class Served(Protocol):
 class Live:
     """A served pipeline or cell, with its journal and its checkpoints.
 
+    If a batch cannot be stepped, because an output cannot be written for instance, it goes back to the last checkpoint
+    and steps what the journal holds after it once more: what another server would do that starts after a crash.
+
     Arguments:
         served: the pipeline or cell.
         folder: of the journal.
         durable: answer only what the disk has; otherwise a crash forgets what came after the last checkpoint.
         every: seconds between checkpoints.
+        keep: checkpoints that can be gone back to; the journal reaches back to the first of them.
     """
 
     def __init__(self, served: Served, folder: Path, *, durable: bool = True, every: float = 10.0, keep: int = 3):
         self.served, self.durable, self.every = served, durable, every
-        self.journal = Journal(folder, keep + 1)
+        self.journal = Journal(folder)
         self._sync = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self.batches = 0
+        self.stuck = False
+        """Whether the last batch could not be stepped yet."""
+        self.failures = 0
+        """Checkpoints that could not be written."""
+        self._begun, self._again = 0, 0.0
+        self._held: deque[int] = deque(maxlen=keep)  # how many batches the last checkpoints hold
 
     def start(self) -> int:
         """Take over what an earlier server has left; returns how many batches were stepped again."""
-        first = self.batches = self.served.open()
-        for number, data in self.journal.replay(first):
-            self.served.step(self.served.unpack(data))
+        self._go_back()
+        return self.batches - self._begun
+
+    def _go_back(self) -> list[Any]:
+        """Read the last checkpoint, and step what follows it in the journal; returns the answers to the last batch."""
+        self._begun = self.batches = self.served.open()
+        answers: list[Any] = []
+        for number, data in self.journal.replay(self.batches):
+            answers = self.served.step(self.served.unpack(data))
             self.batches = number + 1
-        self._saved = time.monotonic()
-        return self.batches - first
+        self._saved, self.stuck = time.monotonic(), False
+        return answers
 
     def step(self, events: list[Any]) -> list[Any]:
         """The answers to a batch, once they count.
 
         Raises:
-            NotTaken: if the journal cannot be written, the disk being full for instance.
+            NotTaken: if the journal cannot be written, the disk being full for instance, or an earlier batch is stuck.
+            Stuck: if the batch cannot be stepped.
         """
         return self._go(self.served.prepare(events))
 
     def expire(self) -> None:
         """End the streams that have been idle for too long."""
-        batch = self.served.idle()
+        batch = None if self.stuck else self.served.idle()
         if batch is not None:
             self._go(batch)
 
     def _go(self, batch: Any) -> list[Any]:
         written = None
+        if self.stuck:
+            try:
+                self._recover()
+            except Stuck as error:
+                raise NotTaken(str(error)) from error
         if self.durable:
             try:
                 self.journal.append(self.served.pack(batch))
             except OSError as error:
                 raise NotTaken(f"the journal cannot be written: {error}") from error
             written = self._sync.submit(self.journal.sync)  # beside the step
-        answers = self.served.step(batch)
-        self.batches += 1
+        try:
+            answers = self.served.step(batch)
+        except Exception:
+            if written is None:
+                raise
+            log.exception("a batch could not be stepped; going back to the last checkpoint")
+            answers = None
         if written is not None:
             written.result()
+        if answers is None:
+            return self._recover()
+        self.batches += 1
         if time.monotonic() - self._saved >= self.every:
             self.save()
         return answers
 
+    def _recover(self) -> list[Any]:
+        self.stuck = True
+        try:
+            if time.monotonic() < self._again:
+                raise TimeoutError("it is tried once a second")
+            self._again = time.monotonic() + 1.0
+            self.served.abandon()
+            return self._go_back()
+        except Exception as error:
+            raise Stuck(f"what has been taken in cannot be stepped yet, but is kept: {error}") from error
+
     def save(self) -> None:
-        """Begin a checkpoint."""
-        self.served.save(self.batches)
-        self.journal.next = self.batches
-        self.journal.cut()
+        """Begin a checkpoint. If the one before could not be written, the journal has kept what is in it."""
+        try:
+            self.served.wait()
+            self._held.append(self._begun)
+        except OSError as error:
+            self.failures += 1
+            log.error("a checkpoint could not be written: %s", error)
         self._saved = time.monotonic()
+        try:
+            self.served.save(self.batches)
+        except OSError as error:
+            if not self.durable:
+                raise
+            self.failures += 1
+            self.stuck = True  # some of the outputs may be half written
+            log.error("no checkpoint could be begun: %s", error)
+            return
+        self._begun = self.journal.next = self.batches
+        self.journal.cut(self._held[0] if len(self._held) == self._held.maxlen else 0)
 
     def close(self) -> None:
         """Make a final checkpoint, and close."""
-        self.save()
+        if not self.stuck:
+            self.save()
+        if self.stuck:
+            return self.abandon()
         self.served.close()
         self._sync.shutdown()
 
@@ -164,6 +235,11 @@ class ServedPipeline:
     def prepare(self, events: list[dict]) -> list[dict]:
         now = time.time()
         return [event if event.get(self.time) is not None else {**event, self.time: now} for event in events]
+
+    @property
+    def alarms(self) -> Alarms:
+        """What its stages, and the error of its predictions, have raised."""
+        return self.pipeline.alarms
 
     def quality(self) -> dict[str, dict[str, Any]]:
         """The scores so far, by group."""
@@ -211,6 +287,9 @@ class ServedPipeline:
 
     def save(self, batches: int) -> None:
         self.pipeline.checkpoint()
+
+    def wait(self) -> None:
+        self.pipeline.checkpoints.wait()
 
     def close(self) -> None:
         self.pipeline.close()
@@ -293,9 +372,11 @@ class ServedCell:
         self.out = (config.out or Path("out") / config.name) / "live"
         self._keep, self._idle = config.keep, config.idle
         self._seen: dict[str, float] = {}  # when each stream last had an event, oldest first
+        self.spent, self.alarms = Spent(), Alarms()
 
     def open(self) -> int:
         self._checkpoints = Checkpoints(self.out / "checkpoints", self._keep)
+        self.keyed.forget(list(self.keyed))
         batches = 0
         for arrays, meta in self._checkpoints.load() or []:
             saved: Any = arrays["keyed"]
@@ -352,7 +433,10 @@ class ServedCell:
         for part in _uninterrupted(batch):
             keys, flags = batch.keys[part], batch.flags[part]
             self.keyed.forget([key for key, flag in zip(keys, flags.tolist()) if flag & START])
+            begin = time.perf_counter()
             n, y = self.keyed(keys, self.read(batch.data[part]))
+            self.spent.add(time.perf_counter() - begin, len(keys))
+            self.alarms.look("cell", y, np.full(len(keys), time.time()), keys)
             self.keyed.forget([key for key, flag in zip(keys, flags.tolist()) if flag & END])
             answers += zip(n.tolist(), _to_bytes(y))
         return answers
@@ -382,6 +466,9 @@ class ServedCell:
         keys = partial(pack_keys, saved.keys)
         arrays = {"named": saved.named, "keys": keys, "gone": saved.gone, "numbers": saved.numbers, "rows": saved.rows}
         self._checkpoints.save({"keyed": arrays}, {"batches": batches})
+
+    def wait(self) -> None:
+        self._checkpoints.wait()
 
     def close(self) -> None:
         self._checkpoints.close()

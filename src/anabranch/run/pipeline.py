@@ -28,9 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from anabranch.cell import Cell, Event, Maybe, Timed
 from anabranch.run import brokers
 from anabranch.run import sink as sinks
+from anabranch.run.alarms import Alarms, ErrorDrift
 from anabranch.run.checkpoint import Checkpoints, pack_keys, pack_table, unpack_keys, unpack_table
 from anabranch.run.config import ConfigError, PipelineConfig, resolve
 from anabranch.run.keyed import Keyed, Rows
+from anabranch.run.metrics import Spent
 from anabranch.run.pending import Pending
 from anabranch.run.rows import DUE, ID, LABEL, ROW, TIME, Ordered, Typed, blocks_from, key_column, seconds
 from anabranch.run.scores import Scores, Series
@@ -62,6 +64,7 @@ class Stage:
         self.config, self.name = config, config.name
         self.keyed = Keyed(cell, config.capacity if config.key else 1, seed=seed)
         self.key = key_column(config.columns) if config.key else None
+        self.spent = Spent()
 
 
 class Pipeline:
@@ -146,6 +149,10 @@ class Pipeline:
         self.pending = Pending(label.pending if label is not None else self.config.batch)
         self.scores: dict[str, Scores] = {}
         self.series: dict[str, Series] = {}
+        self.drift: dict[str, ErrorDrift] = {}
+        self.alarms = Alarms()
+        for stage in self.stages:
+            stage.keyed.forget(list(stage.keyed))
         self.sinks: dict[str, sinks.Sink] = {}
         self.broker: brokers.Broker | None = None
         self._stopped: Callable[[], bool] = lambda: False
@@ -510,8 +517,13 @@ class Pipeline:
                 given = Timed(np.clip(when - self.start, 0, 2**31 - 1).astype(np.int32), x)
             event = Event(given, Maybe(target, is_tell), np.ones(len(slot), np.float32))
             keys = pa.array(pending["key:" + stage.key][slot]) if stage.key is not None else [0] * len(slot)
+            begin = time.perf_counter()
             answer = stage.keyed(keys, event)
+            stage.spent.add(time.perf_counter() - begin, len(slot))
             answer = jax.tree.map(lambda leaf: _in_order(leaf[asks], ask_order), answer)
+            if rows is not None:
+                shown = None if stage.key is None else rows[stage.key]
+                self.alarms.look(stage.name, answer, rows[TIME].to_numpy(), shown)
             outputs[stage.name] = np.concatenate([_flat(leaf) for leaf in jax.tree.leaves(answer)], axis=1)
         return answer
 
@@ -536,14 +548,18 @@ class Pipeline:
         good = np.isfinite(prediction)
         if self.after is not None:
             good &= asked >= self.after
-        self._score(asked[good], target[good], prediction[good], {name: v[good] for name, v in shown.items()})
+        shown = {name: values[good] for name, values in shown.items()}
+        self._score(asked[good], told_when[good], target[good], prediction[good], shown)
         return predictions
 
-    def _score(self, asked, target, prediction, shown) -> None:
+    def _score(self, asked, known, target, prediction, shown) -> None:
         by, worst = self.config.report.by, self.config.report.worst
         groups = np.array(["all"] * len(target), object) if by is None else shown[by].astype(str)
+        error = target != prediction if self.kind == "classes" else np.abs(target - prediction)
         for name in dict.fromkeys(groups.tolist()):
             at = groups == name
+            drift = self.drift.setdefault(name, ErrorDrift(bounded=self.kind != "value"))
+            self.alarms.judge(name, drift.add(error[at].astype(np.float64), known[at]))
             self.scores.setdefault(name, Scores(self.kind)).add(target[at], prediction[at])
             self.series.setdefault(name, Series(self.kind)).add(asked[at], target[at], prediction[at])
         if worst is None:
@@ -586,6 +602,7 @@ class Pipeline:
                 arrays[name] = pack_table(table)
         arrays["scores"] = {name: scores.save() for name, scores in self.scores.items()}
         arrays["series"] = {name: series.save() for name, series in self.series.items()}
+        arrays["drift"] = {name: drift.save() for name, drift in self.drift.items()}
         names = list(self.values)
         arrays["values"] = np.array([self.values[name] for name in names]).reshape(len(names), 4)
         arrays["pace"] = np.array(self.pace).reshape(len(self.pace), 3)
@@ -593,7 +610,7 @@ class Pipeline:
             "pipeline": self._fingerprint(), "position": self.position, "sinks": positions, "start": self.start,
             "newest": self.ordered.newest if np.isfinite(self.ordered.newest) else None, "counts": dict(self.counts),
             "seconds": self.seconds, "values": names, "finished": finished, "batches": self.batches,
-            "source": None if self.broker is None else self.broker.position(),
+            "source": None if self.broker is None else self.broker.position(), "alarms": self.alarms.save(),
         }  # fmt: skip
         self.checkpoints.save(arrays, meta)
         self._unacknowledged = meta["source"]
@@ -626,6 +643,10 @@ class Pipeline:
         for name, saved in state["series"].items():
             self.series[name] = Series(self.kind)
             self.series[name].load(saved)
+        for name, saved in state["drift"].items():
+            self.drift[name] = ErrorDrift(bounded=self.kind != "value")
+            self.drift[name].load(saved)
+        self.alarms.load(meta["alarms"])
         self.values = dict(zip(meta["values"], state["values"]))
         self.pace = [tuple(row) for row in state["pace"].tolist()]
         self.position, self.start, self.counts = meta["position"], meta["start"], dict(meta["counts"])

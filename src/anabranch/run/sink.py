@@ -4,6 +4,7 @@
 after it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,7 +31,8 @@ class Sink(Protocol):
         ...
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or what files a folder holds, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -59,8 +61,8 @@ class ParquetSink:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-            _sync(self._file(self._part))
-            _sync(self.folder)
+            sync(self._file(self._part))
+            sync(self.folder)
             self._part += 1
         return self._part
 
@@ -74,9 +76,10 @@ class ParquetSink:
         self.position()
 
     def abandon(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 class TextSink:
@@ -111,7 +114,8 @@ class TextSink:
         self._file.close()
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class SqliteSink:
