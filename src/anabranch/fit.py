@@ -13,6 +13,9 @@ Parts that train in turn, such as the two sides of a GAN, have a loss, an optimi
     fit({"critic": Part(critic_loss, optax.adam(2e-4), lambda m: m.critic),
          "generator": Part(generator_loss, optax.adam(1e-4), lambda m: m.generator, every=5)},
         model, batch, steps=10_000, key=key, ema=0.999)
+
+How a gradient is computed can be chosen: `Backprop` is the plain way, and `learn` has others that save memory or need
+no backward pass. Any of them stands where a loss does.
 """
 
 import math
@@ -34,11 +37,42 @@ M = TypeVar("M")
 Loss = Callable[[Any, Any, PRNGKeyArray], Float[Array, ""]]
 
 
+class Backprop(eqx.Module):
+    """A way to get the gradient of a loss: here reverse-mode differentiation, as JAX does it.
+
+    >>> square = Backprop(lambda model, batch, key: jnp.sum(model**2))
+    >>> value, gradient = square.value_and_grad(jnp.array([1.0, 2.0]), None, jax.random.PRNGKey(0))
+    >>> float(value), gradient.tolist()
+    (5.0, [2.0, 4.0])
+    """
+
+    loss: Loss = eqx.field(static=True)
+    """`loss(model, batch, key) -> scalar`."""
+
+    def value_and_grad(self, model: M, batch: Any, key: PRNGKeyArray) -> tuple[Float[Array, ""], M]:
+        """The loss, and its gradient with respect to the floating-point arrays of the model; None for all else."""
+        return eqx.filter_value_and_grad(self.loss)(model, batch, key)
+
+    def memory(self, model: Any, batch: Any) -> int:
+        """Bytes that the compiled gradient needs beyond its arguments and results, as the compiler counts them.
+
+        Arrays of `model` and `batch` may be `jax.ShapeDtypeStruct`: nothing is run.
+        """
+        arrays, static = eqx.partition((model, batch), lambda x: hasattr(x, "shape"))
+
+        def gradient(arrays, key):
+            model, batch = eqx.combine(arrays, static)
+            return eqx.filter(self.value_and_grad(model, batch, key), eqx.is_array)
+
+        analysis: Any = jax.jit(gradient).lower(arrays, jax.random.PRNGKey(0)).compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes)
+
+
 class Part(NamedTuple):
     """What trains together: the arrays that `where` picks from the model, by their own loss and optimiser."""
 
-    loss: Loss
-    """`loss(model, batch, key) -> scalar`; the gradient reaches the arrays of this part only."""
+    loss: Loss | Backprop
+    """`loss(model, batch, key) -> scalar`; the gradient reaches the arrays of this part only. Or a way to get it."""
     optimizer: optax.GradientTransformation
     where: Callable[[Any], Any] = lambda model: model
     """The subtree, or a tuple of subtrees, that trains; all else is frozen."""
@@ -56,7 +90,7 @@ class _Carry(NamedTuple):
 
 
 def fit(
-    loss: Loss | Mapping[str, Part],
+    loss: Loss | Backprop | Mapping[str, Part],
     model: M,
     data: Callable[[PRNGKeyArray, Array], Any] | PyTree,
     optimizer: optax.GradientTransformation | None = None,
@@ -73,10 +107,12 @@ def fit(
     """Train a model.
 
     Arguments:
-        loss: `loss(model, batch, key) -> scalar`, or named parts, which are updated in the order given at each step.
+        loss: `loss(model, batch, key) -> scalar` or a `Backprop`, or named parts, which are updated in the order given
+            at each step.
         model: any pytree; its floating-point arrays train, whatever else it holds is left alone.
         data: `batch(key, i) -> batch`, traced; or arrays with a common leading axis, of which `batch_size` rows are
-            drawn with replacement at each step (all rows, in order, without `batch_size`).
+            drawn with replacement at each step (all rows, in order, without `batch_size`). `epochs` makes a function
+            that goes through arrays in shuffled passes.
         optimizer: for a single loss; parts have their own.
         steps: how many.
         where: for a single loss, the subtree or the tuple of subtrees that trains; all else is frozen.
@@ -146,6 +182,35 @@ def fit(
     )
 
 
+def epochs(arrays: PyTree, batch_size: int, key: PRNGKeyArray) -> Callable[[PRNGKeyArray, Array], Any]:
+    """Batches that go through the rows of arrays again and again, shuffled anew for each pass.
+
+    The rows that are left at the end of a pass, too few for a batch, are passed over in it.
+
+        >>> batch = epochs(jnp.arange(6), 2, jax.random.PRNGKey(0))
+        >>> sorted(int(x) for i in range(3) for x in batch(jax.random.PRNGKey(1), i))
+        [0, 1, 2, 3, 4, 5]
+
+    Raises:
+        ValueError: if there are fewer rows than `batch_size`.
+    """
+    rows = len(jax.tree.leaves(arrays)[0])
+    if not 0 < batch_size <= rows:
+        raise ValueError(f"batch_size must be between 1 and the number of rows, {rows}, got {batch_size}")
+    arrays, passes = jax.tree.map(jnp.asarray, arrays), rows // batch_size
+
+    def batch(_: PRNGKeyArray, i: Array) -> Any:
+        order = jax.random.permutation(noise(key, i // passes, "epoch"), rows)
+        mine = jax.lax.dynamic_slice_in_dim(order, i % passes * batch_size, batch_size)
+        return jax.tree.map(lambda x: x[mine], arrays)
+
+    return batch
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
 def _parts(loss: Any, optimizer: Any, where: Any) -> dict[str, Part]:
     if not isinstance(loss, Mapping):
         if optimizer is None:
@@ -180,10 +245,16 @@ def _chunk(parts, static, data, batch_size, ema, key, start, stop, carry):
             def update(params, opt, part=part, name=name):
                 trained, frozen = _split(part, params)
 
-                def value(trained):
-                    return part.loss(eqx.combine(trained, frozen, static), batch, noise(key, i, name))
+                if isinstance(part.loss, Backprop):
+                    whole = eqx.combine(trained, frozen, static)
+                    loss, grads = part.loss.value_and_grad(whole, batch, noise(key, i, name))
+                    grads = jax.tree.map(lambda x, g: None if x is None else g, trained, grads, is_leaf=_is_none)
+                else:
 
-                loss, grads = jax.value_and_grad(value)(trained)
+                    def value(trained):
+                        return part.loss(eqx.combine(trained, frozen, static), batch, noise(key, i, name))
+
+                    loss, grads = jax.value_and_grad(value)(trained)
                 updates, opt = part.optimizer.update(grads, opt, trained)
                 return eqx.combine(optax.apply_updates(trained, updates), frozen), opt, loss.astype(jnp.float32)
 

@@ -25,7 +25,46 @@ from .test_server import CELL_FILE, Process  # noqa: E402
 if shutil.which("chromium") is None:
     pytest.skip("there is no browser: chromium is not installed", allow_module_level=True)
 
-TOKEN = "a token of ann"
+TOKEN, OTHER = "a token of ann", "a token of bob"
+
+PUMPS = """
+name = "pumps"
+
+[source]
+kind = "stdin"
+time = "time"
+
+[label]
+column = "broken"
+
+[[stage]]
+name = "watch"
+cell = "pumps:scorer"
+key = "pump"
+inputs = ["pressure"]
+
+[[stage]]
+name = "model"
+cell = "pumps:Never"
+inputs = ["pressure"]
+"""
+
+PUMPS_MODEL = """
+import jax.numpy as jnp
+from anabranch import Cell
+from anabranch.combine import Chain, Map
+from anabranch.learn.anomaly import AnomalyLikelihood
+
+def scorer():
+    return Chain(Map(lambda event: event.x[0]), AnomalyLikelihood(warm=50))
+
+class Never(Cell):
+    def init(self, *, key=None):
+        return ()
+
+    def step(self, state, x):
+        return state, jnp.float32(0.1)
+"""
 
 
 class Browser:
@@ -132,7 +171,8 @@ DRAWN = """[...document.querySelectorAll('#charts canvas')].filter(canvas => {
 
 @pytest.fixture
 def guarded(tmp_path):
-    (tmp_path / "tokens").write_text(f"ann {hashlib.sha256(TOKEN.encode()).hexdigest()}\n")
+    ann, bob = (hashlib.sha256(token.encode()).hexdigest() for token in (TOKEN, OTHER))
+    (tmp_path / "tokens").write_text(f"ann {ann} operator\nbob {bob}\n")
     server = Process(tmp_path, CELL_FILE.format(cell="", serve='tokens = "tokens"'))
     yield server
     server.stop()
@@ -167,7 +207,15 @@ def test_a_cell_is_watched_behind_its_token_until_the_server_is_gone_and_again(b
     server.start()
     browser.until("document.getElementById('banner').hidden")
     browser.open(server.url)  # the token is kept
-    browser.until("!document.getElementById('main').hidden")
+    browser.until("!document.getElementById('tiles').hidden && !document.getElementById('main').hidden")
+
+    httpx.post(server.url + "/v1/events", json=events[:1], headers={"Authorization": f"Bearer {OTHER}"})
+    browser.js(f"sessionStorage.setItem('token', '{OTHER}')")
+    browser.open(server.url)  # who is no operator sees what is theirs
+    browser.until(f"{text('name')} == 'recurrent' && document.getElementById('tiles').hidden")
+    rows = "[...document.querySelectorAll('#stages tbody td')].map(cell => cell.textContent)"
+    assert browser.js(rows) == ["cell", "1"] and browser.js("document.getElementById('charts').hidden")
+    assert browser.until("document.querySelector('#recent button')?.firstChild.textContent") == names[0]
 
 
 @pytest.mark.parametrize("width", [1280, 360])
@@ -186,11 +234,71 @@ def test_a_pipeline_shows_quality_and_dead_letters_to_any_screen(browser, served
     assert browser.hosts() == {urlsplit(server.url).netloc}
 
 
+MARKED = """[...document.querySelectorAll('canvas')].filter(canvas => {
+  const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 99 && data[i] - data[i + 1] > 120) return true;
+}).map(canvas => canvas.closest('figure').querySelector('figcaption').textContent)"""
+"""Which charts show marks: these are red, while no line is redder than orange."""
+
+
+@pytest.fixture(scope="module")
+def pumps(tmp_path_factory):
+    """A server whose pump 7 will have one odd pressure at 300 s; from 400 s on, its predictions do not hold."""
+    folder = tmp_path_factory.mktemp("pumps")
+    (folder / "pumps.py").write_text(PUMPS_MODEL)
+    server = Process(folder, PUMPS, name="pumps.toml")
+    yield server
+    server.stop()
+
+
+def pressures(begin: int, end: int) -> list[dict]:
+    usual = lambda t, pump: {"time": t, "pump": pump, "pressure": 10.0 + (t + pump) % 5, "broken": int(t >= 400)}
+    rows = [usual(t, pump) for t in range(begin, end) for pump in (6, 7)]
+    return [{**row, "pressure": 90.0} if (row["time"], row["pump"]) == (300, 7) else row for row in rows]
+
+
+def test_alarms_drift_and_what_the_stages_cost(browser, pumps):
+    def send(begin, end):
+        httpx.post(pumps.url + "/v1/events", json=pressures(begin, end), timeout=60).raise_for_status()
+        return httpx.get(pumps.url + "/v1/stats").json()
+
+    stats = send(0, 250)
+    assert stats["alarms"] == {"counts": {}, "recent": []}
+    browser.open(pumps.url)
+    browser.until(f"{text('quality')}.includes('log loss')")
+    assert browser.js("document.getElementById('alarms').hidden") and browser.js(MARKED) == []
+
+    for begin in range(250, 500, 25):
+        stats = send(begin, begin + 25)
+        time.sleep(0.1)
+    for stage in stats["keys"].values():  # each row was asked, and told its label
+        assert stage["events"] == 2000 and 0 < stage["seconds"] < 60
+    *odd, drift = stats["alarms"]["recent"]  # readings are odd for as long as the scorer remembers the first
+    assert {(raised["stage"], raised["key"], raised["output"]) for raised in odd} == {("watch", "7", "alarm")}
+    assert odd[0]["time"] == 300 and odd[-1]["time"] < 310 and odd[0]["value"] > 0.5
+    assert stats["alarms"]["counts"] == {"watch": len(odd), "error": 1}
+    assert f'anabranch_alarms{{stage="watch"}} {len(odd)}.0' in httpx.get(pumps.url + "/metrics").text
+    assert (drift["stage"], drift["key"], drift["output"]) == ("", "all", "error") and 400 < drift["time"] < 440
+    assert drift["before"] < 0.2 and drift["value"] > 0.8
+
+    rows = "[...document.querySelectorAll('#alarms tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    browser.until(f"{rows}.length == {len(odd) + 1}")
+    told = [row[1:] for row in browser.js(rows)]
+    assert told[0][:2] == ["error of predictions", "all"] and re.fullmatch(r"0\.1\d* → 0\.[89]\d*", told[0][2])
+    assert told[-1][:2] == ["watch: alarm", "7"] and told[-1][3] == "300 s"
+    browser.until(f"{MARKED}.join('; ') == 'Events per second; Log loss, labels of the last 30 s'")
+    took = "[...document.querySelectorAll('#stages tbody tr')].map(row => row.cells[7].textContent)"
+    assert all(re.fullmatch(r"[\d.,]+ µs", cell) for cell in browser.js(took))
+    browser.open(pumps.url, 360)
+    browser.until(f"{rows}.length == {len(odd) + 1}")
+    assert browser.js("document.documentElement.scrollWidth") <= 360 and browser.errors() == []
+
+
 @pytest.fixture(scope="module")
 def served_payments(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("payments")
     ordered = sorted((row for row in rows[:600] if isinstance(row.get("time"), float)), key=lambda row: row["time"])
     server = Process(folder, write_payments(folder, ordered).read_text(), name="cards.toml")
-    answers = httpx.post(server.url + "/v1/events", json=ordered).json()["results"]
+    answers = httpx.post(server.url + "/v1/events", json=ordered, timeout=60).json()["results"]
     yield server, sum("error" in answer for answer in answers)
     server.stop()

@@ -2,7 +2,7 @@
 
 from anabranch.learn import streams
 from anabranch.learn.anomaly import Anomaly, AnomalyLikelihood, HalfSpaceTrees
-from anabranch.learn.base import Alarm, Detector, label
+from anabranch.learn.base import Alarm, Detector, Sgd, cross_entropy, label
 from anabranch.learn.detect import ADWIN, DDM, PageHinkley
 from anabranch.learn.linear import (
     LinearRegression,
@@ -29,6 +29,6 @@ from anabranch.learn.trees import AdaptiveForest, HoeffdingTree
 __all__ = [
     "ADWIN", "DDM", "ROCAUC", "Accuracy", "AdaptiveForest", "Alarm", "Anomaly", "AnomalyLikelihood", "Calibration",
     "Detector", "HalfSpaceTrees", "HoeffdingTree", "Kappa", "KappaM", "KappaT", "LinearRegression", "LogLoss",
-    "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler", "SoftmaxRegression", "WindowedAccuracy",
-    "adagrad", "ftrl", "label", "streams",
+    "LogisticRegression", "Metric", "PageHinkley", "Scaled", "Scaler", "Sgd", "SoftmaxRegression",
+    "WindowedAccuracy", "adagrad", "cross_entropy", "ftrl", "label", "streams",
 ]  # fmt: skip

@@ -1,11 +1,15 @@
-"""What the learn family shares: drift detectors and how a prediction is read as a class."""
+"""What the learn family shares: drift detectors, how a prediction is read as a class, and the plain online learner."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from anabranch.cell import Cell, State
+from anabranch.cell import Cell, Learner, State, noise, select
+from anabranch.fit import Backprop
 
 
 class Alarm(NamedTuple):
@@ -42,3 +46,57 @@ def label(prediction: Shaped[Array, "..."]) -> Int[Array, "..."]:
     if prediction.ndim == 0:
         return (prediction > 0.5).astype(jnp.int32)
     return jnp.argmax(prediction, axis=-1).astype(jnp.int32)
+
+
+def cross_entropy(model: Any, batch: tuple[Any, Int[Array, " n"]], key: Any = None) -> Float[Array, ""]:
+    """Mean loss, in nats, of a model that gives the scores of all classes for one x."""
+    x, y = batch
+    return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y).mean()
+
+
+class SgdState(NamedTuple):
+    """The model's arrays, the optimiser's state, and the source of chance with the number of updates."""
+
+    model: PyTree
+    optimizer: PyTree
+    key: PRNGKeyArray
+    t: Int[Array, ""]
+
+
+class Sgd(Learner):
+    """The plain online learner: one gradient step of a model for each labelled event.
+
+    The event's x and target make a batch of one for `backprop`. An event whose gradient is not finite is passed over.
+
+        >>> mlp = eqx.nn.MLP(2, 2, 8, 1, key=jax.random.PRNGKey(0))
+        >>> cell = Sgd(mlp, optax.sgd(0.1))
+        >>> state = cell.init(key=jax.random.PRNGKey(1))
+        >>> cell.predict(state, jnp.zeros(2)).shape
+        (2,)
+    """
+
+    model: Any
+    """Gives the scores of all classes for one x."""
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    backprop: Backprop = Backprop(cross_entropy)
+
+    def init(self, *, key: PRNGKeyArray | None = None) -> SgdState:
+        arrays = eqx.filter(self.model, eqx.is_inexact_array)
+        key = jax.random.PRNGKey(0) if key is None else key
+        return SgdState(arrays, self.optimizer.init(arrays), key, jnp.int32(0))
+
+    def _whole(self, arrays: PyTree) -> Any:
+        return eqx.combine(arrays, eqx.filter(self.model, eqx.is_inexact_array, inverse=True))
+
+    def predict(self, state: SgdState, x: Any) -> Float[Array, " C"]:
+        return self._whole(state.model)(x)
+
+    def learn(self, state: SgdState, x: Any, target: Any, weight: Any = 1.0) -> SgdState:
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (x, target))
+        model = self._whole(state.model)
+        _, grads = self.backprop.value_and_grad(model, batch, noise(state.key, state.t))
+        grads = jax.tree.map(lambda g: g * weight, grads)
+        fine = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.model)
+        new = SgdState(optax.apply_updates(state.model, updates), optimizer, state.key, state.t + 1)
+        return select(fine, new, state)

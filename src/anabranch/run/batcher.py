@@ -124,6 +124,7 @@ class Batcher:
     async def run(self) -> None:
         """Step batches until `drain`."""
         state = self.policy.init()
+        act, learn = self.policy.act, self.policy.learn  # an Equinox module binds them anew whenever it is asked
         taken: list[tuple[Request, int]] = []
         try:
             while self._open or self.waiting:
@@ -133,7 +134,7 @@ class Batcher:
                         await self.call(self.live.expire)
                     continue
                 streams, view = self._view()
-                state, batch = self.policy.act(state, view)
+                state, batch = act(state, view)
                 if not batch.take.any():
                     self._come.clear()
                     await _within(self._come, max(0.0, (batch.timer or view.now + 0.001) - view.now))
@@ -148,7 +149,7 @@ class Batcher:
                     await asyncio.sleep(0.1)
                     continue
                 took = time.monotonic() - begin
-                state = self.policy.learn(state, view, batch, took)
+                state = learn(state, view, batch, took)
                 self._answer(taken, answers)
                 self.metrics.batch(len(events), len(streams), took)
         except BaseException as error:

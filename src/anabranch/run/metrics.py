@@ -10,6 +10,25 @@ LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 SIZES = tuple(4**i for i in range(9))
 
 
+class Spent:
+    """The time that the steps of one stage took, and how many events they took, over the last minute."""
+
+    def __init__(self):
+        self._recent: deque[tuple[int, float, int]] = deque(maxlen=60)  # of each second: which, time, events
+
+    def add(self, seconds: float, events: int) -> None:
+        """A step has been made."""
+        now = int(time.monotonic())
+        _, before, others = self._recent.pop() if self._recent and self._recent[-1][0] == now else (now, 0.0, 0)
+        self._recent.append((now, before + seconds, others + events))
+
+    def value(self) -> dict[str, float]:
+        """`seconds` and `events`."""
+        since = time.monotonic() - 60
+        recent = [(seconds, events) for second, seconds, events in list(self._recent) if second > since]
+        return {"seconds": sum(seconds for seconds, _ in recent), "events": sum(events for _, events in recent)}
+
+
 class Metrics:
     """Counters and histograms of one server, in a registry of its own."""
 
@@ -29,6 +48,10 @@ class Metrics:
         self.took = Histogram("anabranch_batch_seconds", "Time of a batch.", buckets=LATENCIES, registry=registry)
         self.streams = Gauge("anabranch_streams", "Streams in the last batch.", registry=registry)
         self.sessions = Gauge("anabranch_sessions", "Open WebSocket connections.", registry=registry)
+        self.alarms = Gauge("anabranch_alarms", "Alarms so far, of each stage.", ["stage"], registry=registry)
+        self.unsaved = Gauge(
+            "anabranch_checkpoints_failed", "Checkpoints that could not be written.", registry=registry
+        )
         self.begin = time.monotonic()
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=20_000)  # when, events, latency
         self._batches: deque[tuple[float, int, float]] = deque(maxlen=2000)

@@ -3,16 +3,19 @@
 python -m grpc_tools.protoc -Isrc/anabranch/run --python_out=src/anabranch/run --pyi_out=src/anabranch/run oip.proto
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from starlette.exceptions import HTTPException
 
 from anabranch.run import oip
 from anabranch.run import oip_pb2 as pb
 from anabranch.run.batcher import Closed, Full
 from anabranch.run.live import Tensor
+from anabranch.run.server import NOT_TAKEN
 
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
@@ -20,6 +23,7 @@ _CONTENTS = {
     "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents",
 }  # fmt: skip
 _CODES = {401: grpc.StatusCode.UNAUTHENTICATED, 404: grpc.StatusCode.NOT_FOUND}
+_REFUSED = (DecodeError, ValueError, HTTPException, Full, Closed)
 
 
 class Service:
@@ -42,34 +46,22 @@ class Service:
         return pb.ModelReadyResponse(ready=known and self.server.ready)
 
     async def ModelMetadata(self, request, context):
-        try:
-            return pb.ModelMetadataResponse(**oip.metadata(request.name, self.server.cell(request.name)))
-        except HTTPException as error:
-            await context.abort(_CODES[error.status_code], error.detail)
+        return pb.ModelMetadataResponse(**oip.metadata(request.name, self.server.cell(request.name)))
 
     async def ModelInfer(self, request, context):
-        try:
-            return await self._infer(request, context)
-        except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except HTTPException as error:
-            await context.abort(_CODES[error.status_code], error.detail)
-        except Full as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except Closed as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return await self._infer(request, context)
 
-    async def ModelStreamInfer(self, requests, context):
-        async for request in requests:
+    async def ModelStreamInfer(self, messages, context):
+        async for message in messages:
             try:
-                yield pb.ModelStreamInferResponse(infer_response=await self._infer(request, context))
-            except (ValueError, HTTPException, Full, Closed) as error:
-                said = error.detail if isinstance(error, HTTPException) else str(error)
-                yield pb.ModelStreamInferResponse(error_message=said)
+                answer = await self._infer(pb.ModelInferRequest.FromString(message), context)
+                yield pb.ModelStreamInferResponse(infer_response=answer)
+            except _REFUSED as error:
+                yield pb.ModelStreamInferResponse(error_message=_refusal(error)[1])
 
     async def _infer(self, request, context):
         header = dict(context.invocation_metadata() or ()).get("authorization", "")
-        tenant = self.server.authorize(header)
+        tenant = self.server.authorize(header).name
         served = self.server.cell(request.model_name)
         inputs, raw = {}, list(request.raw_input_contents)
         if raw and len(raw) != len(request.inputs):
@@ -98,6 +90,31 @@ class Service:
         return response
 
 
+def _refusal(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """How a client is told of an error. The text is cut, since it goes in a header."""
+    match error:
+        case HTTPException():
+            return _CODES[error.status_code], error.detail[:500]
+        case Full():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        case Closed():
+            return grpc.StatusCode.UNAVAILABLE, NOT_TAKEN
+        case _:
+            return grpc.StatusCode.INVALID_ARGUMENT, str(error)[:500]
+
+
+def _unary(answer: Callable[[Any, Any], Awaitable[Any]], kind: Any) -> Callable[[bytes, Any], Awaitable[Any]]:
+    """A method that reads its message itself: gRPC would log one that cannot be read as an error of the server."""
+
+    async def call(message: bytes, context: Any) -> Any:
+        try:
+            return await answer(kind.FromString(message), context)
+        except _REFUSED as error:
+            await context.abort(*_refusal(error))
+
+    return call
+
+
 def _to_bytes(message: Any) -> bytes:
     return message.SerializeToString()
 
@@ -108,10 +125,10 @@ async def start(server: Any, host: str, port: int) -> grpc.aio.Server:
     made = grpc.aio.server(options=[("grpc.max_receive_message_length", said.max_message)])
     service, handlers = Service(server), {}
     for name in ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer"):
-        request = getattr(pb, name + "Request")
-        handlers[name] = grpc.unary_unary_rpc_method_handler(getattr(service, name), request.FromString, _to_bytes)
+        call = _unary(getattr(service, name), getattr(pb, name + "Request"))
+        handlers[name] = grpc.unary_unary_rpc_method_handler(call, response_serializer=_to_bytes)
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        service.ModelStreamInfer, pb.ModelInferRequest.FromString, _to_bytes
+        service.ModelStreamInfer, response_serializer=_to_bytes
     )
     made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),))
     if said.certificate is not None:

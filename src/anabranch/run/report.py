@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from anabranch.run.alarms import ERROR
 from anabranch.run.pipeline import Pipeline, Summary
 
 # Okabe and Ito: colours that also colour-blind readers can tell apart.
@@ -71,12 +72,16 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
                 points = [(t, s[metric]) for t, s in pipeline.series[group].smooth(7) if s.get("n", 0) > 20]
                 when = np.array([t for t, _ in points]).astype("datetime64[s]")
                 ax.plot(when, [v for _, v in points], color=colour[group], label=group, lw=1.6)
+            for raised in pipeline.alarms.recent:
+                if raised.output == ERROR:
+                    ax.axvline(np.datetime64(round(raised.time), "s"), color=colour[raised.key], lw=1, ls=":")  # pyright: ignore[reportArgumentType]
             ax.set_ylabel(label)
         axes[0, 0].legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         add(
             "Quality over time",
             figure,
-            "Windows of seven days of event time, by the time at which the question was asked.",
+            "Windows of seven days of event time, by the time at which the question was asked. Dotted: when labels "
+            "showed that errors had become larger (ADWIN).",
         )
     if binary and pipeline.scores:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=[1, 1.2])
@@ -132,6 +137,7 @@ def _page(pipeline: Pipeline, summary: Summary, scores, sections) -> str:
         "events": f"{summary.events:,}", "events/s": f"{summary.events_per_s:,.0f}",
         "seconds": f"{summary.seconds:.1f}", "keys": f"{sum(summary.keys.values()):,}",
         "dead letters": f"{summary.dead_letters:,}",
+        **{f"alarms, {name}": f"{count:,}" for name, count in pipeline.alarms.counts.items()},
         **{f"labels {name}": f"{count:,}" for name, count in summary.labels.items() if count},
     }  # fmt: skip
     cells = "".join(f"<div><b>{e(v)}</b><span>{e(k)}</span></div>" for k, v in facts.items())

@@ -6,17 +6,21 @@ WebSocket and HTTP in one port. The work itself is in `Live.step`, in one thread
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
 import logging
+import re
 import signal
+import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -25,15 +29,21 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from anabranch.batching import Deadlines, Scheduler
-from anabranch.run import oip, wire
+from anabranch.run import connections, oip, openapi, wire
 from anabranch.run.batcher import Batcher, Closed, Full
 from anabranch.run.config import ConfigError, PipelineConfig, ServeConfig, ServedCellFile
+from anabranch.run.keyed import Keyed
 from anabranch.run.live import Live, ServedCell, ServedPipeline
 from anabranch.run.metrics import Metrics
+from anabranch.run.pipeline import Stage
 
 log = logging.getLogger("anabranch.serve")
 IN_FLIGHT = 64
 """Messages of one WebSocket that are being answered; it is read no further until one has been."""
+_LOCAL = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+"""A `Host` that stands for this machine."""
+NOT_TAKEN = "no events are taken now: the server is closing, or what comes cannot be kept or stepped"
+"""What clients are told when the events were not taken."""
 
 
 class Server:
@@ -45,13 +55,17 @@ class Server:
         policy: which of the waiting events are stepped next.
 
     Raises:
-        ConfigError: if a cell cannot be made as configured, or the file of tokens cannot be read.
+        ConfigError: if a cell cannot be made as configured, or the file of tokens, the certificate or its key cannot be
+            used.
     """
 
     def __init__(
         self, config: PipelineConfig | ServedCellFile, folder: Path | None = None, policy: Scheduler | None = None
     ):
         self.config: ServeConfig = config.serve
+        self.tenants = _tenants(self.config.tokens)
+        _check_tls(self.config)
+        self.local = self.config.host == "::1" or bool(_LOCAL.fullmatch(self.config.host))
         if isinstance(config, ServedCellFile):
             self.name, self.served = config.cell.name, ServedCell(config.cell, folder)
             out, keep = self.served.out, config.cell.keep
@@ -60,14 +74,13 @@ class Server:
             out, keep = self.served.pipeline.out, config.checkpoint.keep
         serve = self.config
         self.live = Live(self.served, out / "journal", durable=serve.durable, every=serve.every, keep=keep)
-        self.tenants = _tenants(serve.tokens)
         self.metrics = Metrics()
         self.policy = Deadlines() if policy is None else policy
         self.ready = False
         self.app = Starlette(routes=self._routes(), lifespan=self._lifespan, exception_handlers=_HANDLERS)
 
     def _routes(self) -> list:
-        model = "/v2/models/{name}"
+        model, said = "/v2/models/{name}", openapi.describe(self.name, self.served, self.config)
         return [
             Route("/v1/events", self.events, methods=["POST"]),
             WebSocketRoute("/v1/stream", self.stream),
@@ -75,6 +88,7 @@ class Server:
             Route("/v1/stats", self.stats),
             Route("/v1/streams", self.streams),
             Route("/v1/streams/{key:path}", self.watch),
+            Route("/openapi.json", lambda request: JSONResponse(said)),
             Route("/healthz", lambda request: PlainTextResponse("ok")),
             Route("/readyz", self.is_ready),
             Route("/metrics", self.prometheus),
@@ -130,18 +144,41 @@ class Server:
         """Whose request this is.
 
         Raises:
-            HTTPException: 401, if the server has tokens and the request has none of them.
+            HTTPException: 401, if the server has tokens and the request has none of them; 403, if it has none, and a
+                page of another site sends this.
         """
+        return self._who(connection).name
+
+    def _operator(self, connection: HTTPConnection) -> bool:
+        """Whether who asks may see the figures of the whole server: an operator, and without tokens everybody."""
+        return self._who(connection).operator
+
+    def _who(self, connection: HTTPConnection) -> "Tenant":
+        if self.tenants is None:
+            self._refuse_foreign(connection.headers)
         return self.authorize(connection.headers.get("authorization", ""))
 
-    def authorize(self, header: str) -> str:
-        """The tenant with this `Authorization` header."""
+    def _refuse_foreign(self, headers: Headers) -> None:
+        """Refuse what a page of another site sends: a browser would carry it to a server that asks for no token."""
+        origin, host = headers.get("origin"), headers.get("host")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise HTTPException(403, f"Origin: {origin!a} is another site than {host!a}")
+        # A page can also give its own name the address of this machine.
+        if host and self.local and not _LOCAL.fullmatch(host):
+            raise HTTPException(403, f"Host: {host!a} is not this machine, and without tokens only it is served")
+
+    def authorize(self, header: str) -> "Tenant":
+        """The tenant with this `Authorization` header.
+
+        Raises:
+            HTTPException: 401, if the server has tokens and this is none of them.
+        """
         if self.tenants is None:
-            return ""
+            return Tenant("", "", operator=True)
         kind, _, token = header.partition(" ")
         digest, found = hashlib.sha256(token.encode()).hexdigest(), None
-        for tenant, known in self.tenants:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(digest, known):
+        for tenant in self.tenants:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(digest, tenant.digest):
                 found = tenant
         if found is None or kind.lower() != "bearer":
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
@@ -251,7 +288,8 @@ class Server:
             return
         key = f"{tenant}/{socket.path_params['key']}"
         seen = await self.batcher.call(lambda: served.seen(key))
-        await socket.send_text(json.dumps({"seen": seen}))
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # that it has gone is read below
+            await socket.send_text(json.dumps({"seen": seen}))
 
         async def take(message: str | bytes) -> Awaitable[bytes]:
             events = wire.parse_stream(served, key, message)
@@ -262,8 +300,9 @@ class Server:
     async def _accept(self, socket: WebSocket) -> str | None:
         try:
             tenant = self.tenant(socket)
-        except HTTPException:
-            await socket.close(4401, "a bearer token is needed")
+        except HTTPException as error:
+            await socket.accept()  # before that a page could not read why it is refused
+            await _close(socket, 4000 + error.status_code, error.detail[:120])
             return None
         await socket.accept()
         return tenant
@@ -288,9 +327,9 @@ class Server:
             for task in done:
                 task.result()
         except (ValueError, Full) as error:
-            await socket.close(1003 if isinstance(error, ValueError) else 1009, str(error)[:120])
+            await _close(socket, 1003 if isinstance(error, ValueError) else 1009, str(error)[:120])
         except Closed:
-            await socket.close(1001, "the server is closing")
+            await _close(socket, 1001, "the server is closing")
         except (WebSocketDisconnect, RuntimeError):
             pass  # the client has gone; what it sent is stepped all the same
         finally:
@@ -301,16 +340,23 @@ class Server:
     # What it tells of itself
 
     async def is_ready(self, request: Request) -> Response:
-        return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
+        ready = self.ready and not self.live.stuck
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def prometheus(self, request: Request) -> Response:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+        if not self._operator(request):
+            raise HTTPException(403, "the token of an operator is needed")
+        self.metrics.unsaved.set(self.live.failures)
+        for stage, count in self.served.alarms.counts.copy().items():
+            self.metrics.alarms.labels(stage).set(count)
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def stats(self, request: Request) -> Response:
         """The figures of the last seconds."""
-        self.tenant(request)
+        if not self._operator(request):
+            return JSONResponse(await self._own(self.tenant(request)))
         served, value = self.served, self.metrics.registry.get_sample_value
         found = {
             "name": self.name,
@@ -321,19 +367,32 @@ class Server:
             **self.metrics.snapshot(),
         }
         if isinstance(served, ServedCell):
-            stages = {"cell": served.keyed}
+            stages = {"cell": served}
         else:
-            stages = {stage.name: stage.keyed for stage in served.pipeline.stages}
+            stages = {stage.name: stage for stage in served.pipeline.stages}
             counts = served.pipeline.counts
             found["dead_letters"] = counts["dead_letters"]
             found["labels"] = {name: counts[name] for name in ("learned", "expired", "dropped", "unknown")}
-            if self.tenants is None:  # its groups may be another's keys
-                found["quality"] = await self.batcher.call(served.quality)
-        found["keys"] = {
-            name: {"keys": len(keyed), "spilled": keyed.spilled, "bytes": keyed.nbytes}
-            for name, keyed in stages.items()
-        }
+            found["quality"] = await self.batcher.call(served.quality)
+        found["keys"] = {name: _stage(stage) for name, stage in stages.items()}
+        recent = [alarm._replace(key=alarm.key.removeprefix("/")) for alarm in list(served.alarms.recent)]
+        found["alarms"] = {"counts": served.alarms.counts.copy(), "recent": [alarm._asdict() for alarm in recent]}
         return JSONResponse(wire.finite(found))
+
+    async def _own(self, tenant: str) -> dict[str, Any]:
+        """What a tenant may know of the server: its own events that wait, and its own keys."""
+        prefix, served = tenant + "/", self.served
+
+        def count(keyed: Keyed) -> dict[str, int]:
+            return {"keys": sum(isinstance(key, str) and key.startswith(prefix) for key in keyed)}
+
+        def keys() -> dict[str, dict[str, int]]:
+            if isinstance(served, ServedCell):
+                return {"cell": count(served.keyed)}
+            return {stage.name: count(stage.keyed) for stage in served.pipeline.stages}
+
+        waiting = self.batcher._tenants.get(tenant, 0)
+        return {"name": self.name, "waiting": waiting, "keys": await self.batcher.call(keys)}
 
     async def streams(self, request: Request) -> Response:
         """The streams of a cell that had events most recently."""
@@ -386,24 +445,45 @@ class Server:
         return Response(head + data, media_type="application/octet-stream", headers=headers)
 
 
+def _stage(stage: Stage | ServedCell) -> dict[str, float]:
+    """What a stage holds, and what its steps have cost over the last minute."""
+    keyed = stage.keyed
+    return {"keys": len(keyed), "spilled": keyed.spilled, "bytes": keyed.nbytes, **stage.spent.value()}
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    """Close a WebSocket, whose client may have gone already."""
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        await socket.close(code, reason)
+
+
 async def _then(answered: Awaitable[list[Any]], say: Callable[[list[Any]], Any]) -> Any:
     return say(await answered)
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """The body of a request, if it is not too long."""
+    """The body of a request, if it is not too long and does not take too long."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise HTTPException(413, f"a request may have {most} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(connections.PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise HTTPException(413, f"a request may have {most} bytes")
+                parts.append(part)
+    except TimeoutError:
+        said = f"the body of a request may take {connections.PATIENCE:g} s"
+        raise HTTPException(408, said, {"Connection": "close"}) from None
     return b"".join(parts)
 
 
 def _json(data: bytes | str) -> Any:
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        text = data.decode() if isinstance(data, bytes) else data
+        said = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:  # JSON may hold half of a surrogate pair, which is no text
+            json.dumps(said, ensure_ascii=False).encode()
+        return said
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"not JSON: {error}") from None
 
@@ -412,19 +492,42 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _tenants(path: Path | None) -> list[tuple[str, str]] | None:
-    """Tenants, and the hashes of their tokens."""
+class Tenant(NamedTuple):
+    """A token: whose it is, its hash, and whether it shows the figures of the whole server."""
+
+    name: str
+    digest: str
+    operator: bool = False
+
+
+def _tenants(path: Path | None) -> list[Tenant] | None:
+    """Who has a token."""
     if path is None:
         return None
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
+    found, line = [], re.compile(r"([^\s/]+) ([0-9a-f]{64})( operator)?")
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not text.strip() or text.startswith("#"):
             continue
-        tenant, _, digest = line.strip().partition(" ")
-        if len(digest) != 64 or "/" in tenant or not set(digest) <= set("0123456789abcdef"):
-            raise ConfigError(f"{path}: line {number}: expected TENANT SHA256, a name without '/' and 64 hex digits")
-        found.append((tenant, digest))
+        if (said := line.fullmatch(text.strip())) is None:
+            raise ConfigError(
+                f"{path}: line {number}: expected TENANT SHA256, a name without '/' and 64 hex digits, "
+                "and after them at most 'operator'"
+            )
+        found.append(Tenant(said[1], said[2], operator=said[3] is not None))
     return found
+
+
+def _check_tls(serve: ServeConfig) -> None:
+    """Raise ConfigError if TLS is half configured, or the certificate and the key do not fit."""
+    if serve.certificate is None and serve.key is None:
+        return
+    if serve.certificate is None or serve.key is None:
+        there, missing = ("certificate", "key") if serve.key is None else ("key", "certificate")
+        raise ConfigError(f"serve.{missing}: needed beside serve.{there}")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(serve.certificate, serve.key, "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"serve.certificate, serve.key: {serve.certificate}, {serve.key}: {error}") from error
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -433,7 +536,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _closed(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 503)
+    return JSONResponse({"error": NOT_TAKEN}, 503)  # why is in the log: it may name files
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "an error in the server, which has logged it"}, 500)
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -441,7 +548,13 @@ async def _http(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, dict(error.headers or {}))
 
 
-_HANDLERS: Any = {Full: _refused, Closed: _closed, HTTPException: _http}
+async def _gone(socket: WebSocket, error: Exception) -> None:
+    """A client that goes while it is answered is no error."""
+
+
+_HANDLERS: Any = {
+    Full: _refused, Closed: _closed, HTTPException: _http, WebSocketDisconnect: _gone, Exception: _failed
+}  # fmt: skip
 
 
 class _Lines(logging.Formatter):
@@ -454,6 +567,15 @@ class _Lines(logging.Formatter):
         return json.dumps(said)
 
 
+def _allow_files() -> None:
+    """Let this process open as many files, and so hold as many connections, as the system allows it."""
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # some systems name a limit that they do not keep
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(config: PipelineConfig | ServedCellFile, folder: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then answer what waits, and write a last checkpoint."""
     import uvicorn
@@ -463,10 +585,15 @@ def serve(config: PipelineConfig | ServedCellFile, folder: Path | None = None) -
         handler.setFormatter(_Lines())
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, and then raises it again
+    _allow_files()
     server = Server(config, folder)
+    gc.collect()
+    gc.freeze()  # what is here stays; looking through all of it again and again would hold every stream up
+    gc.set_threshold(20_000, 20, 20)  # with ten thousand sessions open, a full collection takes a second
     said = config.serve
     uvicorn.run(
         server.app, host=said.host, port=said.port, log_config=None, access_log=False, lifespan="on",
-        ws_max_size=said.max_message, timeout_graceful_shutdown=5, backlog=16_384,
-        ssl_certfile=said.certificate, ssl_keyfile=said.key,
+        http=connections.Http, ws=connections.WebSocket,
+        ws_max_size=said.max_message, ws_per_message_deflate=False,  # it would take 40 KB a connection
+        timeout_graceful_shutdown=5, backlog=16_384, ssl_certfile=said.certificate, ssl_keyfile=said.key,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 const EVERY = 1000; // milliseconds from one look to the next
 const PATIENCE = 5000; // milliseconds after which a server that does not answer counts as unreachable
 const KEPT = 300; // seconds
-const OUTPUTS = 4; // of a watched stream
+const OUTPUTS = 4; // of a watched stream, and groups of predictions
+const RECENT = 30; // seconds over which the quality of predictions is drawn
 const COLOURS = ["#3d85e0", "#e07a2f", "#c04a98", "#2a9d6f"]; // to be told apart on light and on dark ground
 
 // Numbers for people
@@ -15,6 +16,8 @@ const whole = (n) => n.toLocaleString("en");
 const percent = (share) => `${digits(100 * share)} %`;
 const duration = (seconds) => (seconds < 1 ? `${digits(1000 * seconds)} ms` : `${digits(seconds)} s`);
 const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString("en-GB");
+// Times of a stream are since 1970, or since whatever its rows count from.
+const streamTime = (t) => (t > 1e8 && t < 1e11 ? new Date(1000 * t).toISOString().slice(0, 19) : `${digits(t, 9)} s`);
 
 function bytes(n) {
   const power = Math.min(4, Math.floor(Math.log10(Math.max(1, n)) / 3));
@@ -63,7 +66,25 @@ function table(element, head, rows) {
   );
 }
 
-function chart(parent, title, names, format, { x = clock, top = null } = {}) {
+let alarms = []; // the last ones, oldest first
+
+function markAlarms(plot) {
+  const { left, top, width, height } = plot.bbox;
+  plot.ctx.save();
+  plot.ctx.strokeStyle = getComputedStyle(document.body).getPropertyValue("--trouble");
+  plot.ctx.setLineDash([4, 4]);
+  for (const { noticed } of alarms) {
+    const x = plot.valToPos(noticed, "x", true);
+    if (x < left || x > left + width) continue;
+    plot.ctx.beginPath();
+    plot.ctx.moveTo(x, top);
+    plot.ctx.lineTo(x, top + height);
+    plot.ctx.stroke();
+  }
+  plot.ctx.restore();
+}
+
+function chart(parent, title, names, format, { x = clock, top = null, marked = false } = {}) {
   // A colour is looked up when it is drawn: the page may have turned dark.
   const css = (name) => () => getComputedStyle(document.body).getPropertyValue(name);
   const grid = { stroke: css("--line"), width: 1 };
@@ -74,6 +95,7 @@ function chart(parent, title, names, format, { x = clock, top = null } = {}) {
   const options = {
     width: ground.clientWidth,
     height: 150,
+    hooks: { draw: marked ? [markAlarms] : [] },
     cursor: { drag: { x: false, y: false }, ...(time && { sync: { key: "time" } }) },
     scales: {
       x: { time, range: (_, from, to) => [time ? Math.min(from, to - 60) : from, to] },
@@ -110,7 +132,7 @@ const answered = (stats, value) => (stats.events_per_s > 0 ? value : null); // t
 const quantile = (name) => (stats) => answered(stats, stats.latency[name]);
 
 const CHARTS = [
-  ["Events per second", count, {}, { "events/s": (s) => s.events_per_s }],
+  ["Events per second", count, { marked: true }, { "events/s": (s) => s.events_per_s }],
   ["Latency", duration, {}, { p50: quantile("p50"), p95: quantile("p95"), p99: quantile("p99") }],
   ["Batch size", count, {}, { events: (s) => answered(s, s.batch) }],
   ["Busy share", percent, { top: 1 }, { busy: (s) => s.busy }],
@@ -130,6 +152,36 @@ function draw(stats) {
   for (const [i, [, , , series]] of CHARTS.entries()) {
     charts[i]([times, ...Object.values(series).map((value) => samples.map(([, s]) => (s ? value(s) : null)))]);
   }
+  drawQuality(times);
+}
+
+let quality = null; // {names of the groups, draw}
+
+function drawQuality(times) {
+  const last = samples.findLast(([, s]) => s?.quality)?.[1].quality ?? {};
+  const names = Object.keys(last).filter((name) => last[name].n > 0);
+  names.splice(0, names.length, ...names.sort((a, b) => last[b].n - last[a].n).slice(0, OUTPUTS).sort());
+  if (names.length === 0) return;
+  const metrics = { log_loss: "Log loss", mae: "MAE", accuracy: "Accuracy" };
+  const metric = Object.keys(metrics).find((name) => name in last[names[0]]);
+  if (quality?.names !== names.join()) {
+    $("quality").querySelector("figure")?.remove();
+    const title = `${metrics[metric]}, labels of the last ${RECENT} s`;
+    quality = { names: names.join(), draw: chart($("quality"), title, names, (y) => digits(y, 4), { marked: true }) };
+  }
+  quality.draw([times, ...names.map((name) => recentMeans(name, metric))]);
+}
+
+// The server tells means of all labels so far: those of the last seconds are in the difference of two.
+function recentMeans(group, metric) {
+  let from = 0;
+  return samples.map(([time, stats], i) => {
+    const now = stats?.quality?.[group];
+    while (from < i && (samples[from][0] < time - RECENT || !samples[from][1]?.quality)) from += 1;
+    const then = samples[from][1]?.quality?.[group] ?? { n: 0 };
+    const n = (now?.n ?? 0) - then.n;
+    return n > 0 && from < i ? (now.n * now[metric] - then.n * (then[metric] ?? 0)) / n : null;
+  });
 }
 
 // Figures of now
@@ -137,6 +189,8 @@ function draw(stats) {
 function show(stats) {
   document.title = `${stats.name} · Anabranch`;
   $("name").textContent = stats.name;
+  for (const id of ["tiles", "charts", "uptime"]) $(id).hidden = !isWhole(stats);
+  if (!isWhole(stats)) return showOwn(stats);
   $("uptime").textContent = `up for ${age(stats.seconds)}`;
   $("rate").textContent = count(stats.events_per_s);
   $("p99").textContent = stats.events_per_s > 0 ? duration(stats.latency.p99) : "–";
@@ -145,7 +199,7 @@ function show(stats) {
   $("memory").textContent = bytes(stats.resident);
 
   const labels = Object.fromEntries(Object.entries(stats.labels ?? {}).map(([name, n]) => [`labels ${name}`, n]));
-  const counts = { waiting: stats.waiting, sessions: stats.sessions, "batches/s": stats.batches_per_s, ...labels };
+  const figures = { waiting: stats.waiting, sessions: stats.sessions, "batches/s": stats.batches_per_s, ...labels };
   const troubles = { "bad events": stats.bad, "refused events": stats.refused, "dead letters": stats.dead_letters };
   const entry = (name, n, trouble) => {
     const element = make("div", "", make("dt", name), make("dd", n < 100 ? digits(n) : whole(Math.round(n))));
@@ -154,11 +208,23 @@ function show(stats) {
   };
   const entries = (figures, trouble) =>
     Object.entries(figures).flatMap(([name, n]) => (n == null ? [] : [entry(name, n, trouble)]));
-  $("counts").replaceChildren(...entries(counts, false), ...entries(troubles, true));
+  $("counts").replaceChildren(...entries(figures, false), ...entries(troubles, true));
 
-  const stages = Object.entries(stats.keys);
-  const stage = ([name, { keys, spilled, bytes: size }]) => [name, whole(keys), whole(spilled), bytes(size)];
-  table($("stages").querySelector("table"), ["stage", "keys", "spilled", "states"], stages.map(stage));
+  const stage = ([name, { keys, spilled, bytes: size, seconds, events }]) => [
+    name,
+    whole(keys),
+    whole(spilled),
+    bytes(size),
+    keys > 0 ? bytes(size / keys) : "–",
+    whole(events),
+    duration(seconds),
+    events > 0 ? `${digits((1e6 * seconds) / events)} µs` : "–",
+  ];
+  table(
+    $("stages").querySelector("table"),
+    ["stage", "keys", "spilled", "states", "a key", "events, last minute", "took", "an event"],
+    Object.entries(stats.keys).map(stage),
+  );
 
   const groups = Object.entries(stats.quality ?? {}).filter(([, scores]) => scores.n > 0);
   const metrics = [...new Set(groups.flatMap(([, scores]) => Object.keys(scores)))];
@@ -171,9 +237,38 @@ function show(stats) {
   );
 }
 
+const isWhole = (stats) => "seconds" in stats; // a tenant is told no figures but its own
+
+function showOwn(stats) {
+  $("counts").replaceChildren(make("div", "", make("dt", "waiting"), make("dd", whole(stats.waiting))));
+  const stages = Object.entries(stats.keys).map(([name, { keys }]) => [name, whole(keys)]);
+  table($("stages").querySelector("table"), ["stage", "keys"], stages);
+}
+
+function showAlarms({ counts, recent }) {
+  alarms = recent;
+  $("alarms").hidden = recent.length === 0;
+  const named = Object.entries(counts).map(([stage, n]) => `${stage}: ${whole(n)}`);
+  $("alarms").querySelector("p").textContent = `So far ${named.join(", ")}.`;
+  const number = (value) => (value == null ? "–" : digits(value, 4));
+  const row = ({ time, noticed, stage, key, output, value, before }) => [
+    clock(noticed),
+    stage ? `${stage}: ${output}` : "error of predictions",
+    key || "–",
+    before == null ? number(value) : `${number(before)} → ${number(value)}`,
+    streamTime(time),
+  ];
+  table(
+    $("alarms").querySelector("table"),
+    ["noticed", "what", "key", "value", "time of the stream"],
+    recent.toReversed().map(row),
+  );
+}
+
 // Streams
 
-const isCell = (stats) => !("dead_letters" in stats); // only the streams of a cell can be watched
+// Only the streams of a cell can be watched. A cell is told as the one stage "cell".
+const isCell = (stats) => !("dead_letters" in stats) && Object.keys(stats.keys).join() === "cell";
 let watched = null; // {name, names of the outputs, draw}
 
 function* outputs(y, name = "y") {
@@ -265,10 +360,11 @@ async function look() {
     $("main").hidden = false;
     $("streams").hidden = !isCell(stats);
     show(stats);
+    if (stats.alarms) showAlarms(stats.alarms);
   }
   if (streams) showRecent(streams);
   if (stream) showWatched(stream);
-  if (!$("main").hidden) draw(stats);
+  if (!$("main").hidden && !$("charts").hidden) draw(stats);
 }
 
 function login() {
