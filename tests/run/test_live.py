@@ -8,6 +8,7 @@ import pytest
 from anabranch import state
 from anabranch.run.config import read
 from anabranch.run.live import Live, NotTaken, ServedPipeline, Stuck
+from anabranch.run.pipeline import Pipeline
 from anabranch.run.sink import ParquetSink
 
 from .conftest import write_payments
@@ -148,3 +149,31 @@ def test_a_checkpoint_counts_what_had_counted_when_it_was_begun(batches, tmp_pat
     assert again.open() == 1
     assert again.pipeline.counts == before
     again.abandon()
+
+
+def test_events_that_cannot_be_stepped_are_not_taken(batches, calm, tmp_path, monkeypatch):
+    live, score = served(tmp_path), Pipeline.batch
+
+    def fails(self, rows):
+        if "poison" in rows["card"].to_pylist():
+            raise RuntimeError("no such card")
+        return score(self, rows)
+
+    monkeypatch.setattr(Pipeline, "batch", fails)
+    live.start()
+    answers = [live.step(batch) for batch in batches[:4]]
+    with pytest.raises(NotTaken, match="cannot be stepped: no such card"):
+        live.step([{**batches[4][0], "card": "poison"}, *batches[4][1:]])
+    answers += [live.step(batch) for batch in batches[4:9]]
+    live.abandon()  # a crash: what was not taken does not come back
+    live = served(tmp_path)
+    live.start()
+    answers += [live.step(batch) for batch in batches[9:]]
+    assert answers == calm
+    live.close()
+
+
+def test_a_time_that_has_not_come_is_refused(tmp_path):
+    live = served(tmp_path)
+    with pytest.raises(ValueError, match=r"time: '9999-01-01T00:00:00Z' is ahead of the server's clock"):
+        live.served.own(None, {"time": "9999-01-01T00:00:00Z", "card": "a"})  # pyright: ignore[reportAttributeAccessIssue]

@@ -36,7 +36,7 @@ class Journal:
         self.next = 0
         """The number of the next record."""
         self._file = None
-        self._path = self.folder
+        self._path, self._start = self.folder, 0
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.journal"))
@@ -79,7 +79,7 @@ class Journal:
             self._path = self.folder / f"{self.next:016d}.journal"
             self._file = open(self._path, "ab")
             sync(self.folder)
-        number, start = self.next, self._file.tell()
+        number, self._start = self.next, self._file.tell()
         try:
             self._file.write(_HEAD.pack(number, len(data), zlib.crc32(data, number & 0xFFFFFFFF)))
             self._file.write(data)
@@ -87,10 +87,18 @@ class Journal:
         except OSError:
             self._file.detach().close()  # without another try to write what is buffered
             self._file = None
-            os.truncate(self._path, start)
+            os.truncate(self._path, self._start)
             raise
         self.next += 1
         return number
+
+    def drop(self) -> None:
+        """Take back the record that was appended last."""
+        assert self._file is not None
+        os.ftruncate(self._file.fileno(), self._start)
+        self._file.seek(self._start)
+        self.next -= 1
+        self.sync()
 
     def sync(self) -> None:
         """Make all records durable."""

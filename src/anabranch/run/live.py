@@ -29,10 +29,12 @@ from anabranch.run.journal import Journal
 from anabranch.run.keyed import Keyed, Rows
 from anabranch.run.metrics import Spent
 from anabranch.run.pipeline import Pipeline
-from anabranch.run.rows import ROW, TIME
+from anabranch.run.rows import ROW, TIME, number_of
 from anabranch.run.source import records
 
 log = logging.getLogger("anabranch.serve")
+AHEAD = 60.0
+"""Seconds that the clock of a client may be before the server's."""
 START, END = 1, 2
 """Flags of a cell's event: the stream begins anew with it; its state is dropped after it."""
 
@@ -81,8 +83,9 @@ class Served(Protocol):
 class Live:
     """A served pipeline or cell, with its journal and its checkpoints.
 
-    If a batch cannot be stepped, because an output cannot be written for instance, it goes back to the last checkpoint
-    and steps what the journal holds after it once more: what another server would do that starts after a crash.
+    If a batch cannot be stepped, it goes back to the last checkpoint and steps what the journal holds after it once
+    more: what another server would do that starts after a crash. A batch whose outputs could not be written is among
+    it; one that failed for another reason is not, and its events count as not taken.
 
     Arguments:
         served: the pipeline or cell.
@@ -123,8 +126,9 @@ class Live:
         """The answers to a batch, once they count.
 
         Raises:
-            NotTaken: if the journal cannot be written, the disk being full for instance, or an earlier batch is stuck.
-            Stuck: if the batch cannot be stepped.
+            NotTaken: if the journal cannot be written, the disk being full for instance, if an earlier batch is stuck,
+                or if these events cannot be stepped.
+            Stuck: if the outputs cannot be written.
         """
         return self._go(self.served.prepare(events))
 
@@ -149,15 +153,21 @@ class Live:
             written = self._sync.submit(self.journal.sync)  # beside the step
         try:
             answers = self.served.step(batch)
-        except Exception:
+        except Exception as error:
             if written is None:
                 raise
             log.exception("a batch could not be stepped; going back to the last checkpoint")
-            answers = None
+            written.result()
+            if isinstance(error, OSError):
+                return self._recover()
+            self.journal.drop()  # as it is with these events, and would be again
+            try:
+                self._recover()
+            except Stuck:
+                log.exception("and that cannot be done yet")
+            raise NotTaken(f"these events cannot be stepped: {error}") from error
         if written is not None:
             written.result()
-        if answers is None:
-            return self._recover()
         self.batches += 1
         if time.monotonic() - self._saved >= self.every:
             self.save()
@@ -227,6 +237,8 @@ class ServedPipeline:
         label = config.label
         self._names = {name for stage in config.stage for name in stage.columns}
         self._names |= {label.id} if label is not None and label.id is not None else set()
+        typed = self.pipeline.typed
+        self._texts = self._names | set(typed.shown) - set(typed.inputs) - set(typed.targets)
 
     def open(self) -> int:
         self.pipeline.open(resume=True)
@@ -234,7 +246,8 @@ class ServedPipeline:
 
     def prepare(self, events: list[dict]) -> list[dict]:
         now = time.time()
-        return [event if event.get(self.time) is not None else {**event, self.time: now} for event in events]
+        time_now = str(now) if self.time in self._texts else now
+        return [event if event.get(self.time) is not None else {**event, self.time: time_now} for event in events]
 
     @property
     def alarms(self) -> Alarms:
@@ -245,9 +258,24 @@ class ServedPipeline:
         """The scores so far, by group."""
         return {group: scores.value() for group, scores in sorted(self.pipeline.scores.items())}
 
-    def own(self, tenant: str, event: dict) -> dict:
-        """An event of a tenant: its keys and its id are another's only by name."""
-        return {name: f"{tenant}/{value}" if name in self._names else value for name, value in event.items()}
+    def own(self, tenant: str | None, event: dict) -> dict:
+        """An event with its keys, its id and what else is no number as text, so that columns have one type.
+
+        The keys and the id of a tenant are another's only by name.
+
+        Raises:
+            ValueError: if its time has not come yet.
+        """
+        moment, _ = number_of(event.get(self.time))
+        if moment > time.time() + max(self.lateness, AHEAD):  # it would make all that comes after it late
+            raise ValueError(f"{self.time}: {event[self.time]!r} is ahead of the server's clock")
+        found = dict(event)
+        for name in self._texts & event.keys():
+            value = event[name]
+            if value is not None:
+                text = value if isinstance(value, str) else json.dumps(value)
+                found[name] = f"{tenant}/{text}" if tenant is not None and name in self._names else text
+        return found
 
     def step(self, batch: list[dict]) -> list[dict]:
         pipeline = self.pipeline

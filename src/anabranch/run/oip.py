@@ -116,7 +116,10 @@ def read(body: bytes, head_length: str | None) -> Asked:
             raise ValueError(f"Inference-Header-Content-Length: {head_length!r} is no length within the body")
         length = int(head_length)
     try:
-        said = json.loads(body[:length])
+        text = body[:length].decode()
+        said = json.loads(text)
+        if "\\u" in text:  # JSON may hold half of a surrogate pair, which is no text
+            json.dumps(said, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(said, dict) or not isinstance(said.get("inputs"), list):
@@ -126,7 +129,7 @@ def read(body: bytes, head_length: str | None) -> Asked:
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             raise ValueError(f"inputs[{i}]: expected a tensor with a name")
         name, shape = given["name"], given.get("shape")
-        if given.get("datatype") not in TYPES:
+        if not isinstance(given.get("datatype"), str) or given["datatype"] not in TYPES:
             raise ValueError(f"{name}: datatype {given.get('datatype')!r} is not known")
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
             raise ValueError(f"{name}: shape {shape!r} is no shape")

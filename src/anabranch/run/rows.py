@@ -87,6 +87,9 @@ class Typed:
             columns[name] = number(name, name in optional, asks)
         for name in self.targets:
             columns[name] = number(name, True)
+        for name in [*self.inputs, *self.targets]:
+            huge = np.abs(columns[name]) > np.finfo(np.float32).max
+            refuse(huge, lambda i, name=name: f"{name}: {columns[name][i]:g} is not a finite number of 32 bits")
         for key in self.keys:
             for name in key:
                 refuse(_nulls(table[name]) & asks, lambda i, name=name: f"{name}: empty, and it is a key")
@@ -97,7 +100,8 @@ class Typed:
                 else pc.binary_join_element_wise(*(pc.cast(p, pa.string()) for p in parts), "|")
             )
         for name in self.shown:
-            columns.setdefault(name, table[name])
+            column = table[name]
+            columns.setdefault(name, pc.cast(column, pa.string()) if pa.types.is_null(column.type) else column)
         typed = pa.table(columns)
         bad = list(block.bad)
         if not good.all():
@@ -125,13 +129,14 @@ def _numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
         values = np.empty(len(column))
         wrong = np.zeros(len(column), bool)
         for i, value in enumerate(column.to_pylist()):
-            values[i], wrong[i] = _number(value)
+            values[i], wrong[i] = number_of(value)
         return values, wrong
     wrong = np.isinf(values)
     return np.where(wrong, np.nan, values), wrong
 
 
-def _number(value: Any) -> tuple[float, bool]:
+def number_of(value: Any) -> tuple[float, bool]:
+    """A number, or a date as seconds; NaN if there is none, and whether what is there is neither."""
     if value is None or value == "":
         return math.nan, False
     try:
@@ -185,7 +190,7 @@ def seconds(text: str, where: str) -> float:
     Raises:
         ConfigError: if it is neither.
     """
-    value, wrong = _number(text)
+    value, wrong = number_of(text)
     if wrong or math.isnan(value):
         raise ConfigError(f"{where}: expected a date or seconds, got {text!r}")
     return value

@@ -125,7 +125,8 @@ def records(rows: list[dict], first: int, numbers: list[int] | None = None, bad:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):  # mixed types: text, and a stage that wants numbers will say which
+        # Mixed types: text, and a stage that wants numbers will say which.
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             columns[name] = pa.array(
                 [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
             )

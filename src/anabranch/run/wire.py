@@ -27,7 +27,7 @@ def parse(served: ServedPipeline | ServedCell, said: Any, tenant: str | None, co
     if not isinstance(said, dict):
         raise ValueError(f"expected an object, got {type(said).__name__}")
     if isinstance(served, ServedPipeline):
-        return Parsed(connection, said if tenant is None else served.own(tenant, said))
+        return Parsed(connection, served.own(tenant, said))
     unknown = said.keys() - {"stream", "x", "start", "end"}
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}")
