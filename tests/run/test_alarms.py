@@ -10,8 +10,8 @@ from anabranch.cell import Maybe
 from anabranch.learn.detect import ADWIN
 from anabranch.run.alarms import KEPT, Alarms, ErrorDrift
 from anabranch.run.config import PipelineConfig, ServedCellConfig
-from anabranch.run.live import CellEvent, ServedCell
 from anabranch.run.pipeline import Pipeline
+from anabranch.run.served_cell import CellEvent, ServedCell
 
 
 class Said(NamedTuple):

@@ -7,8 +7,9 @@ import pytest
 
 from anabranch import state
 from anabranch.run.config import read
-from anabranch.run.live import Live, NotTaken, ServedPipeline, Stuck
+from anabranch.run.live import Live, NotTaken, Stuck
 from anabranch.run.pipeline import Pipeline
+from anabranch.run.served_pipeline import ServedPipeline
 from anabranch.run.sink import ParquetSink
 
 from .conftest import write_payments

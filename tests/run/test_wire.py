@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch.run import oip, wire
 from anabranch.run.config import ServedCellConfig
-from anabranch.run.live import END, START, ServedCell
+from anabranch.run.served_cell import END, START, ServedCell
 
 CELL = """
 import jax.numpy as jnp

@@ -111,6 +111,10 @@ class Batcher:
         self._come.set()
         return answered
 
+    def waiting_of(self, tenant: str) -> int:
+        """Events of a tenant that wait."""
+        return self._tenants.get(tenant, 0)
+
     def watch(self, stream: Hashable) -> list[Any]:
         """The last answers of a stream; of the `WATCHED` last streams that were asked for some are kept."""
         if stream not in self._watched and len(self._watched) == WATCHED:

@@ -100,8 +100,8 @@ def pcm(
         frame: samples of a frame.
         hop: samples from the start of a frame to the start of the next; by default `frame`, so that none overlap.
 
-    >>> [sound.samples.tolist() for sound in pcm([b"\\x00\\x40\\x00", b"\\xc0"], rate=8000, width=16, frame=2)]
-    [[0.5, -0.5]]
+    >>> next(pcm([b"\\x00\\x40\\x00", b"\\xc0"], rate=8000, width=16, frame=2)).samples.tolist()
+    [0.5, -0.5]
 
     Raises:
         ValueError: if `width` is not 16 or 32, `frame` or `rate` is not positive, or `hop` is not in 1 … frame.

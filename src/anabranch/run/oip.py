@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import anabranch
-from anabranch.run.live import END, START, CellEvent, ServedCell, Tensor
+from anabranch.run.served_cell import END, START, CellEvent, ServedCell, Tensor
 
 TYPES = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",

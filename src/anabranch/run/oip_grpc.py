@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from anabranch.run import oip
 from anabranch.run import oip_pb2 as pb
 from anabranch.run.batcher import Closed, Full
-from anabranch.run.live import Tensor
+from anabranch.run.served_cell import Tensor
 from anabranch.run.server import NOT_TAKEN
 
 _CONTENTS = {
@@ -61,7 +61,7 @@ class Service:
 
     async def _infer(self, request, context):
         header = dict(context.invocation_metadata() or ()).get("authorization", "")
-        tenant = self.server.authorize(header).name
+        tenant = self.server.access.authorize(header).name
         served = self.server.cell(request.model_name)
         inputs, raw = {}, list(request.raw_input_contents)
         if raw and len(raw) != len(request.inputs):

@@ -7,7 +7,8 @@ import numpy as np
 import anabranch
 from anabranch.run import oip
 from anabranch.run.config import LabelConfig, ServeConfig
-from anabranch.run.live import ServedCell, ServedPipeline, Tensor
+from anabranch.run.served_cell import ServedCell, Tensor
+from anabranch.run.served_pipeline import ServedPipeline
 
 Schema = dict[str, Any]
 

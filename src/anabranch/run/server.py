@@ -7,20 +7,15 @@ WebSocket and HTTP in one port. The work itself is in `Live.step`, in one thread
 import asyncio
 import contextlib
 import gc
-import hashlib
-import hmac
 import json
 import logging
-import re
 import signal
-import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -30,18 +25,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from anabranch.batching import Deadlines, Scheduler
 from anabranch.run import connections, oip, openapi, wire
+from anabranch.run.access import Access, check_tls
 from anabranch.run.batcher import Batcher, Closed, Full
-from anabranch.run.config import ConfigError, PipelineConfig, ServeConfig, ServedCellFile
+from anabranch.run.config import PipelineConfig, ServeConfig, ServedCellFile
 from anabranch.run.keyed import Keyed
-from anabranch.run.live import Live, ServedCell, ServedPipeline
+from anabranch.run.live import Live
 from anabranch.run.metrics import Metrics
 from anabranch.run.pipeline import Stage
+from anabranch.run.served_cell import ServedCell
+from anabranch.run.served_pipeline import ServedPipeline
 
 log = logging.getLogger("anabranch.serve")
 IN_FLIGHT = 64
 """Messages of one WebSocket that are being answered; it is read no further until one has been."""
-_LOCAL = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-"""A `Host` that stands for this machine."""
+Reply = tuple[Awaitable[list[Any]], Callable[[list[Any]], str | bytes]]
+"""Answers that will come, and how to say them."""
 NOT_TAKEN = "no events are taken now: the server is closing, or what comes cannot be kept or stepped"
 """What clients are told when the events were not taken."""
 
@@ -63,9 +61,8 @@ class Server:
         self, config: PipelineConfig | ServedCellFile, folder: Path | None = None, policy: Scheduler | None = None
     ):
         self.config: ServeConfig = config.serve
-        self.tenants = _tenants(self.config.tokens)
-        _check_tls(self.config)
-        self.local = self.config.host == "::1" or bool(_LOCAL.fullmatch(self.config.host))
+        check_tls(self.config)
+        self.access = Access(self.config)
         if isinstance(config, ServedCellFile):
             self.name, self.served = config.cell.name, ServedCell(config.cell, folder)
             out, keep = self.served.out, config.cell.keep
@@ -147,42 +144,11 @@ class Server:
             HTTPException: 401, if the server has tokens and the request has none of them; 403, if it has none, and a
                 page of another site sends this.
         """
-        return self._who(connection).name
+        return self.access.who(connection).name
 
     def _operator(self, connection: HTTPConnection) -> bool:
         """Whether who asks may see the figures of the whole server: an operator, and without tokens everybody."""
-        return self._who(connection).operator
-
-    def _who(self, connection: HTTPConnection) -> "Tenant":
-        if self.tenants is None:
-            self._refuse_foreign(connection.headers)
-        return self.authorize(connection.headers.get("authorization", ""))
-
-    def _refuse_foreign(self, headers: Headers) -> None:
-        """Refuse what a page of another site sends: a browser would carry it to a server that asks for no token."""
-        origin, host = headers.get("origin"), headers.get("host")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise HTTPException(403, f"Origin: {origin!a} is another site than {host!a}")
-        # A page can also give its own name the address of this machine.
-        if host and self.local and not _LOCAL.fullmatch(host):
-            raise HTTPException(403, f"Host: {host!a} is not this machine, and without tokens only it is served")
-
-    def authorize(self, header: str) -> "Tenant":
-        """The tenant with this `Authorization` header.
-
-        Raises:
-            HTTPException: 401, if the server has tokens and this is none of them.
-        """
-        if self.tenants is None:
-            return Tenant("", "", operator=True)
-        kind, _, token = header.partition(" ")
-        digest, found = hashlib.sha256(token.encode()).hexdigest(), None
-        for tenant in self.tenants:  # all of them, so that the time tells nothing
-            if hmac.compare_digest(digest, tenant.digest):
-                found = tenant
-        if found is None or kind.lower() != "bearer":
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-        return found
+        return self.access.who(connection).operator
 
     # Events
 
@@ -198,7 +164,7 @@ class Server:
     def _parsed(self, said: list, tenant: str, connection: HTTPConnection) -> list[wire.Parsed | ValueError]:
         client = connection.client
         where = (tenant, client.host, client.port) if client else (tenant,)
-        owner, found = tenant if self.tenants is not None else None, []
+        owner, found = tenant if self.access.guarded else None, []
         for event in said:
             try:
                 found.append(wire.parse(self.served, event, owner, where))
@@ -249,20 +215,17 @@ class Server:
         tenant = await self._accept(socket)
         if tenant is None:
             return
-        served, owner = self.served, tenant if self.tenants is not None else None
+        served, owner = self.served, tenant if self.access.guarded else None
 
-        async def take(message: str | bytes) -> Awaitable[str | bytes]:
+        async def take(message: str | bytes) -> Reply:
             if isinstance(message, bytes) and isinstance(served, ServedCell):
-                return _then(
-                    await self._submit([*wire.parse_frame(served, owner, message)], tenant, patient=True),
-                    wire.say_bytes,
-                )
+                frame: list[wire.Parsed | ValueError] = [*wire.parse_frame(served, owner, message)]
+                return await self._submit(frame, tenant, patient=True), wire.say_bytes
             try:
                 said = _json(message)
             except HTTPException as error:
-                return _then(
-                    await self._submit([ValueError(error.detail)], tenant), lambda a: json.dumps(wire.say(served, a[0]))
-                )
+                bad = await self._submit([ValueError(error.detail)], tenant)
+                return bad, lambda answers: json.dumps(wire.say(served, answers[0]))
             many = isinstance(said, list)
             parsed = self._parsed(said if many else [said], tenant, socket)
             answered = await self._submit(parsed, tenant, patient=True)
@@ -271,7 +234,7 @@ class Server:
                 told = [wire.say(served, answer) for answer in answers]
                 return json.dumps(told if many else told[0])
 
-            return _then(answered, say)
+            return answered, say
 
         await self._converse(socket, take)
 
@@ -291,9 +254,9 @@ class Server:
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # that it has gone is read below
             await socket.send_text(json.dumps({"seen": seen}))
 
-        async def take(message: str | bytes) -> Awaitable[bytes]:
+        async def take(message: str | bytes) -> Reply:
             events = wire.parse_stream(served, key, message)
-            return _then(await self._enqueue(key, tenant, events, patient=True), wire.say_bytes)
+            return await self._enqueue(key, tenant, events, patient=True), wire.say_bytes
 
         await self._converse(socket, take)
 
@@ -307,9 +270,9 @@ class Server:
         await socket.accept()
         return tenant
 
-    async def _converse(self, socket: WebSocket, take: Callable[[Any], Awaitable[Awaitable[str | bytes]]]) -> None:
+    async def _converse(self, socket: WebSocket, take: Callable[[Any], Awaitable[Reply]]) -> None:
         """Answer messages in their order. Who sends more than is answered is read no further."""
-        taken: asyncio.Queue[Awaitable] = asyncio.Queue(IN_FLIGHT)
+        taken: asyncio.Queue[Reply] = asyncio.Queue(IN_FLIGHT)
 
         async def read() -> None:
             while (said := await socket.receive())["type"] == "websocket.receive":
@@ -317,7 +280,8 @@ class Server:
 
         async def write() -> None:
             while True:
-                said = await (await taken.get())
+                answered, say = await taken.get()
+                said = say(await answered)
                 await (socket.send_text(said) if isinstance(said, str) else socket.send_bytes(said))
 
         self.metrics.sessions.inc()
@@ -391,7 +355,7 @@ class Server:
                 return {"cell": count(served.keyed)}
             return {stage.name: count(stage.keyed) for stage in served.pipeline.stages}
 
-        waiting = self.batcher._tenants.get(tenant, 0)
+        waiting = self.batcher.waiting_of(tenant)
         return {"name": self.name, "waiting": waiting, "keys": await self.batcher.call(keys)}
 
     async def streams(self, request: Request) -> Response:
@@ -457,10 +421,6 @@ async def _close(socket: WebSocket, code: int, reason: str) -> None:
         await socket.close(code, reason)
 
 
-async def _then(answered: Awaitable[list[Any]], say: Callable[[list[Any]], Any]) -> Any:
-    return say(await answered)
-
-
 async def _body(request: Request, most: int) -> bytes:
     """The body of a request, if it is not too long and does not take too long."""
     parts, size = [], 0
@@ -490,44 +450,6 @@ def _json(data: bytes | str) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-class Tenant(NamedTuple):
-    """A token: whose it is, its hash, and whether it shows the figures of the whole server."""
-
-    name: str
-    digest: str
-    operator: bool = False
-
-
-def _tenants(path: Path | None) -> list[Tenant] | None:
-    """Who has a token."""
-    if path is None:
-        return None
-    found, line = [], re.compile(r"([^\s/]+) ([0-9a-f]{64})( operator)?")
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
-        if not text.strip() or text.startswith("#"):
-            continue
-        if (said := line.fullmatch(text.strip())) is None:
-            raise ConfigError(
-                f"{path}: line {number}: expected TENANT SHA256, a name without '/' and 64 hex digits, "
-                "and after them at most 'operator'"
-            )
-        found.append(Tenant(said[1], said[2], operator=said[3] is not None))
-    return found
-
-
-def _check_tls(serve: ServeConfig) -> None:
-    """Raise ConfigError if TLS is half configured, or the certificate and the key do not fit."""
-    if serve.certificate is None and serve.key is None:
-        return
-    if serve.certificate is None or serve.key is None:
-        there, missing = ("certificate", "key") if serve.key is None else ("key", "certificate")
-        raise ConfigError(f"serve.{missing}: needed beside serve.{there}")
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(serve.certificate, serve.key, "")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"serve.certificate, serve.key: {serve.certificate}, {serve.key}: {error}") from error
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -5,7 +5,8 @@ import struct
 from typing import Any, NamedTuple
 
 from anabranch.run import oip
-from anabranch.run.live import END, START, CellEvent, ServedCell, ServedPipeline
+from anabranch.run.served_cell import END, START, CellEvent, ServedCell
+from anabranch.run.served_pipeline import ServedPipeline
 
 _NUMBER = struct.Struct("<I")
 _HEAD = struct.Struct("<HB")
