@@ -44,6 +44,7 @@ def run(
 ) -> None:
     """Run a pipeline to the end of its source; print the final figures and write the report."""
     from anabranch.run.config import ConfigError, read
+    from anabranch.run.peers import compare
     from anabranch.run.pipeline import Pipeline
 
     console = Console(stderr=True)
@@ -55,7 +56,7 @@ def run(
         summary = made.run(resume=resume, limit=limit, progress=not as_json)
         found: dict[str, Any] = {}
         if peers and limit is None and config.report.peers:
-            found = made.compare(progress=not as_json)
+            found = compare(made, progress=not as_json)
     except (ConfigError, FileNotFoundError, ImportError) as error:
         _fail(error)
     from anabranch.run import report as reports

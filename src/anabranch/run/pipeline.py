@@ -6,7 +6,6 @@ stage feeds only those after it, that equals event by event.
 """
 
 import hashlib
-import inspect
 import itertools
 import json
 import logging
@@ -19,24 +18,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from anabranch.cell import Cell, Event, Maybe, Timed
+from anabranch.cell import Event, Maybe, Timed
 from anabranch.run import brokers
 from anabranch.run import sink as sinks
-from anabranch.run.alarms import Alarms, ErrorDrift
+from anabranch.run.alarms import Alarms
 from anabranch.run.checkpoint import Checkpoints, pack_keys, pack_table, unpack_keys, unpack_table
 from anabranch.run.config import ConfigError, PipelineConfig, resolve
-from anabranch.run.keyed import Keyed, Rows
-from anabranch.run.metrics import Spent
+from anabranch.run.keyed import Rows
 from anabranch.run.pending import Pending
-from anabranch.run.rows import DUE, ID, LABEL, ROW, TIME, Ordered, Typed, blocks_from, key_column, seconds
-from anabranch.run.scores import Scores, Series
+from anabranch.run.quality import Quality
+from anabranch.run.rows import DUE, ID, LABEL, ROW, TIME, Ordered, Typed, blocks_from, seconds
 from anabranch.run.source import Bad, Block, open_source, tables
+from anabranch.run.stages import make_stages
 
 log = logging.getLogger("anabranch.pipeline")
 
@@ -57,16 +55,6 @@ class Summary(NamedTuple):
     checkpoint: str | None
 
 
-class Stage:
-    """One keyed cell of a pipeline, and how its input is put together."""
-
-    def __init__(self, config, cell: Cell, seed: int):
-        self.config, self.name = config, config.name
-        self.keyed = Keyed(cell, config.capacity if config.key else 1, seed=seed)
-        self.key = key_column(config.columns) if config.key else None
-        self.spent = Spent()
-
-
 class Pipeline:
     """A pipeline that can be run, resumed and scored.
 
@@ -80,61 +68,17 @@ class Pipeline:
     """
 
     def __init__(self, config: PipelineConfig, folder: Path | None = None, source: Any = None):
-        self.config, self.folder, self._source = config, folder, source
+        self.config, self.folder, self.source = config, folder, source
         self.out = config.out or Path("out") / config.name
         self.typed = Typed(config)
         self.after = None if config.report.after is None else seconds(config.report.after, "report.after")
-        self.stages: list[Stage] = []
-        widths: dict[str, int] = {}
-        for i, stage in enumerate(config.stage):
-            features = sum(widths.get(name, 1) for name in stage.inputs)
-            cell = self._cell(i, stage, features)
-            widths[stage.name] = self._width(i, cell, stage, features)
-            self.stages.append(Stage(stage, cell, config.seed))
-        last = config.stage[-1]
-        if config.label is not None and config.label.kind == "binary" and widths[last.name] not in (1, 2):
-            raise ConfigError(
-                f"stage[{len(config.stage) - 1}]: a binary label needs a probability, or the scores of two classes; "
-                f"{last.cell} gives {widths[last.name]} numbers"
-            )
-        self._peers = [resolve(name, folder, f"report.peers[{i}]") for i, name in enumerate(config.report.peers)]
-        self._call = (
+        self.stages = make_stages(config, folder)
+        self.peers = [resolve(name, folder, f"report.peers[{i}]") for i, name in enumerate(config.report.peers)]
+        self.call = (
             resolve(config.source.call, folder, "source.call") if config.source.call and source is None else None
         )
         self.live = config.source.live and source is None
         self._reset()
-
-    def _cell(self, i: int, config, features: int) -> Cell:
-        where = f"stage[{i}].cell"
-        cell = resolve(config.cell, self.folder, where)
-        if isinstance(cell, Cell):
-            return cell
-        # What the pipeline knows better than its file: how many inputs and targets the stage has.
-        known = {"features": features, "targets": len(config.targets)}
-        takes = inspect.signature(cell).parameters
-        options = {**{name: value for name, value in known.items() if name in takes}, **config.options}
-        try:
-            cell = cell(**options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where}: {config.cell}(**{options!r}) failed: {error}") from error
-        if not isinstance(cell, Cell):
-            raise ConfigError(f"{where}: {config.cell} gave a {type(cell).__name__}, which is no cell")
-        return cell
-
-    def _width(self, i: int, cell: Cell, config, features: int) -> int:
-        """How many numbers the stage answers with; also the first trial of the cell on inputs as it will get them."""
-        if cell.host:
-            raise ConfigError(f"stage[{i}].cell: {config.cell} runs on the host: its states could not be checkpointed")
-        label = self.config.label
-        whole = label is not None and label.kind != "value" and not config.targets
-        target = jnp.zeros(len(config.targets) if config.targets else (), jnp.int32 if whole else jnp.float32)
-        x: Any = jnp.zeros(features)
-        event = Event(Timed(jnp.int32(0), x) if config.time else x, Maybe(target, jnp.array(False)), jnp.float32(1))
-        try:
-            answer = jax.eval_shape(lambda key, x: cell.step(cell.init(key=key), x)[1], jax.random.PRNGKey(0), event)
-        except Exception as error:
-            raise ConfigError(f"stage[{i}]: {config.cell} cannot step on {features} inputs: {error}") from error
-        return sum(leaf.size for leaf in jax.tree.leaves(answer))
 
     def _reset(self) -> None:
         label = self.config.label
@@ -147,9 +91,7 @@ class Pipeline:
         self.ordered = Ordered(self.config.source.lateness)
         self.queue: pa.Table | None = None
         self.pending = Pending(label.pending if label is not None else self.config.batch)
-        self.scores: dict[str, Scores] = {}
-        self.series: dict[str, Series] = {}
-        self.drift: dict[str, ErrorDrift] = {}
+        self.quality = Quality(self.config.report, self.kind)
         self.alarms = Alarms()
         for stage in self.stages:
             stage.keyed.forget(list(stage.keyed))
@@ -157,7 +99,6 @@ class Pipeline:
         self.broker: brokers.Broker | None = None
         self._stopped: Callable[[], bool] = lambda: False
         self._unacknowledged: Any = None
-        self.values: dict[str, np.ndarray] = {}
         self.pace: list[tuple[float, float, float]] = []
         self.batches = 0
         self.unknown: set[int] = set()
@@ -194,7 +135,7 @@ class Pipeline:
         try:
             for name in ("predictions", "outcomes"):
                 self.sinks[name] = sinks.open_sink(self.out, name, self.config.sink)
-            if self._source is None:
+            if self.source is None:
                 self.broker = brokers.open_broker(self.config.source)
             topic = self.config.sink.format == "kafka"
             if topic and self.broker is not None and not self.broker.ordered:
@@ -249,7 +190,7 @@ class Pipeline:
 
     def summary(self) -> Summary:
         """The figures so far."""
-        metrics = {name: scores.value() for name, scores in sorted(self.scores.items())}
+        metrics = {name: scores.value() for name, scores in sorted(self.quality.scores.items())}
         labels = {name: self.counts[name] for name in ("learned", "expired", "dropped", "unknown")}
         files = sorted((self.out / "checkpoints").glob("*.safetensors"))
         return Summary(
@@ -268,16 +209,16 @@ class Pipeline:
             config, wanted = self.config, self.typed.wanted
             return brokers.blocks(self.broker, config.source, wanted, self.position, config.batch, limit, self._stopped)
         if self.live:
-            assert self._call is not None
-            return itertools.takewhile(lambda _: not self._stopped(), tables(self._call(), self.position))
-        source = tables(self._source) if self._source is not None else open_source(self.config.source, self._call)
+            assert self.call is not None
+            return itertools.takewhile(lambda _: not self._stopped(), tables(self.call(), self.position))
+        source = tables(self.source) if self.source is not None else open_source(self.config.source, self.call)
         return blocks_from(iter(source), self.position)
 
     def _stream(self, limit: int | None, bar: Progress, begin: float) -> bool:
         """Returns whether the source has come to its end."""
         finished, total = True, limit
-        if isinstance(self._source, pa.Table):
-            total = min(self._source.num_rows, limit or self._source.num_rows)
+        if isinstance(self.source, pa.Table):
+            total = min(self.source.num_rows, limit or self.source.num_rows)
         task = bar.add_task(self.config.name, total=total, note="", completed=self.counts["events"])
         size = self.config.batch
         full = 1 if self.live or self.broker is not None else size  # live rows have waited long enough for others
@@ -549,31 +490,10 @@ class Pipeline:
         if self.after is not None:
             good &= asked >= self.after
         shown = {name: values[good] for name, values in shown.items()}
-        self._score(asked[good], told_when[good], target[good], prediction[good], shown)
+        raised = self.quality.add(asked[good], told_when[good], target[good], prediction[good], shown)
+        for group, found in raised.items():
+            self.alarms.judge(group, found)
         return predictions
-
-    def _score(self, asked, known, target, prediction, shown) -> None:
-        by, worst = self.config.report.by, self.config.report.worst
-        groups = np.array(["all"] * len(target), object) if by is None else shown[by].astype(str)
-        error = target != prediction if self.kind == "classes" else np.abs(target - prediction)
-        for name in dict.fromkeys(groups.tolist()):
-            at = groups == name
-            drift = self.drift.setdefault(name, ErrorDrift(bounded=self.kind != "value"))
-            self.alarms.judge(name, drift.add(error[at].astype(np.float64), known[at]))
-            self.scores.setdefault(name, Scores(self.kind)).add(target[at], prediction[at])
-            self.series.setdefault(name, Series(self.kind)).add(asked[at], target[at], prediction[at])
-        if worst is None:
-            return
-        p = np.clip(prediction, 1e-15, 1 - 1e-15)
-        loss = (
-            -(target * np.log(p) + (1 - target) * np.log1p(-p)) if self.kind == "binary" else (target - prediction) ** 2
-        )
-        names, code = np.unique(shown[worst].astype(str), return_inverse=True)
-        for i, name in enumerate(names.tolist()):
-            if name in self.values or len(self.values) < 10_000:
-                at = code == i
-                sums = [at.sum(), loss[at].sum(), target[at].sum(), prediction[at].sum()]
-                self.values[name] = self.values.get(name, np.zeros(4)) + sums
 
     # Checkpoints
 
@@ -600,11 +520,7 @@ class Pipeline:
         for name, table in (("queue", self.queue), ("held", self.ordered.held)):
             if table is not None:
                 arrays[name] = pack_table(table)
-        arrays["scores"] = {name: scores.save() for name, scores in self.scores.items()}
-        arrays["series"] = {name: series.save() for name, series in self.series.items()}
-        arrays["drift"] = {name: drift.save() for name, drift in self.drift.items()}
-        names = list(self.values)
-        arrays["values"] = np.array([self.values[name] for name in names]).reshape(len(names), 4)
+        arrays["quality"], names = self.quality.save()
         arrays["pace"] = np.array(self.pace).reshape(len(self.pace), 3)
         meta = {
             "pipeline": self._fingerprint(), "position": self.position, "sinks": positions, "start": self.start,
@@ -637,17 +553,8 @@ class Pipeline:
         self.queue = unpack_table(state["queue"]) if "queue" in state else None
         self.ordered.held = unpack_table(state["held"]) if "held" in state else None
         self.ordered.newest = -np.inf if meta["newest"] is None else meta["newest"]
-        for name, saved in state["scores"].items():
-            self.scores[name] = Scores(self.kind)
-            self.scores[name].load(saved)
-        for name, saved in state["series"].items():
-            self.series[name] = Series(self.kind)
-            self.series[name].load(saved)
-        for name, saved in state["drift"].items():
-            self.drift[name] = ErrorDrift(bounded=self.kind != "value")
-            self.drift[name].load(saved)
+        self.quality.load(state["quality"], meta["values"])
         self.alarms.load(meta["alarms"])
-        self.values = dict(zip(meta["values"], state["values"]))
         self.pace = [tuple(row) for row in state["pace"].tolist()]
         self.position, self.start, self.counts = meta["position"], meta["start"], dict(meta["counts"])
         self.seconds, self.batches = meta["seconds"], meta["batches"]
@@ -656,36 +563,6 @@ class Pipeline:
         if self.broker is not None:
             self.broker.seek(meta["source"])
         return bool(meta["finished"])
-
-    # Peers
-
-    def compare(self, *, progress: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-        """Other ways to answer the same questions, scored alike: `{peer: {group: scores}}`.
-
-        Each peer of the configuration is called with the source's table and yields `(group, times, targets,
-        predictions)`; only what was asked after `report.after` counts.
-        """
-        if self._source is None and self._call is None:
-            if self.config.source.kind in ("stdin", "redis", "kafka"):
-                log.warning("nothing is compared: a source of kind %s is not read twice", self.config.source.kind)
-                return {}
-            table = pa.concat_tables([block.table for block in open_source(self.config.source, None)])
-        else:
-            table = self._source if self._call is None else self._call()
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        status = Console(stderr=True, quiet=not progress)
-        for peer in self._peers:
-            name = (peer.__doc__ or peer.__name__).strip().splitlines()[0].rstrip(".")
-            try:
-                with status.status(f"comparing: {name}"):
-                    for group, times, targets, predictions in peer(table):
-                        at = np.ones(len(times), bool) if self.after is None else np.asarray(times) >= self.after
-                        scores = Scores(self.kind)
-                        scores.add(np.asarray(targets)[at], np.asarray(predictions)[at])
-                        found.setdefault(name, {})[group] = scores.value()
-            except ImportError as error:
-                log.warning("%s is not compared: %s", name, error)
-        return found
 
 
 def _flat(values: Any) -> np.ndarray:
@@ -720,7 +597,3 @@ def _columns(answer: Any, kind: str) -> tuple[dict[str, Any], np.ndarray]:
             columns |= {f"{name}_{i}": pa.array(part) for i, part in enumerate(value.reshape(len(value), -1).T)}
     first = np.asarray(leaves[0][1])
     return columns, (first if first.ndim == 1 else first.reshape(len(first), -1)[:, 0]).astype(np.float64)
-
-
-Peer = Callable[[Any], Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]
-"""Answers the same questions another way: `(group, times, targets, predictions)` from the source's table."""

@@ -60,7 +60,7 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
         sections.append((title, svg[svg.index("<svg") :], note))
 
     binary = pipeline.kind == "binary"
-    groups = sorted(pipeline.series)
+    groups = sorted(pipeline.quality.series)
     colour = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
     if groups:
         metrics = [("auc", "AUC"), ("log_loss", "log loss")] if binary else [("accuracy", "accuracy")]
@@ -69,7 +69,7 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
         figure, axes = plt.subplots(len(metrics), 1, figsize=(9, 2.1 * len(metrics)), sharex=True, squeeze=False)
         for (metric, label), ax in zip(metrics, axes[:, 0]):
             for group in groups:
-                points = [(t, s[metric]) for t, s in pipeline.series[group].smooth(7) if s.get("n", 0) > 20]
+                points = [(t, s[metric]) for t, s in pipeline.quality.series[group].smooth(7) if s.get("n", 0) > 20]
                 when = np.array([t for t, _ in points]).astype("datetime64[s]")
                 ax.plot(when, [v for _, v in points], color=colour[group], label=group, lw=1.6)
             for raised in pipeline.alarms.recent:
@@ -83,11 +83,11 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
             "Windows of seven days of event time, by the time at which the question was asked. Dotted: when labels "
             "showed that errors had become larger (ADWIN).",
         )
-    if binary and pipeline.scores:
+    if binary and pipeline.quality.scores:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=[1, 1.2])
         left.plot([0, 1], [0, 1], color="#999", lw=1, ls="--")
-        for group in sorted(pipeline.scores):
-            count, mean, rate = pipeline.scores[group].calibration()
+        for group in sorted(pipeline.quality.scores):
+            count, mean, rate = pipeline.quality.scores[group].calibration()
             some = count > 0
             left.plot(mean[some], rate[some], marker="o", ms=4, color=colour[group], label=group, lw=1.4)
             right.step(
@@ -102,12 +102,12 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
             "On the dashed line, of the events predicted with probability p a share of p came true.",
         )
     worst = pipeline.config.report.worst
-    if worst and pipeline.values:
-        names = [n for n, v in pipeline.values.items() if v[0] >= 200]
-        names = sorted(names, key=lambda n: -pipeline.values[n][1] / pipeline.values[n][0])[:20][::-1]
+    if worst and pipeline.quality.values:
+        names = [n for n, v in pipeline.quality.values.items() if v[0] >= 200]
+        names = sorted(names, key=lambda n: -pipeline.quality.values[n][1] / pipeline.quality.values[n][0])[:20][::-1]
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.24 * len(names) + 1.2), sharey=True)
         at = np.arange(len(names))
-        n, loss, target, predicted = (np.array([pipeline.values[name][i] for name in names]) for i in range(4))
+        n, loss, target, predicted = (np.array([pipeline.quality.values[name][i] for name in names]) for i in range(4))
         left.barh(at, loss / n, color=COLOURS[1], height=0.7)
         left.set(yticks=at, yticklabels=names, xlabel="log loss" if binary else "squared error")
         right.scatter(target / n, at, color=COLOURS[0], label="observed", zorder=3, s=18)

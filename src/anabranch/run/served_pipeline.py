@@ -52,7 +52,7 @@ class ServedPipeline:
 
     def quality(self) -> dict[str, dict[str, Any]]:
         """The scores so far, by group."""
-        return {group: scores.value() for group, scores in sorted(self.pipeline.scores.items())}
+        return {group: scores.value() for group, scores in sorted(self.pipeline.quality.scores.items())}
 
     def own(self, tenant: str | None, event: dict) -> dict:
         """An event with its keys, its id and what else is no number as text, so that columns have one type.

@@ -31,9 +31,9 @@ from anabranch.run.config import PipelineConfig, ServeConfig, ServedCellFile
 from anabranch.run.keyed import Keyed
 from anabranch.run.live import Live
 from anabranch.run.metrics import Metrics
-from anabranch.run.pipeline import Stage
 from anabranch.run.served_cell import ServedCell
 from anabranch.run.served_pipeline import ServedPipeline
+from anabranch.run.stages import Stage
 
 log = logging.getLogger("anabranch.serve")
 IN_FLIGHT = 64
