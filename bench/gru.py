@@ -192,8 +192,8 @@ class Session(asyncio.Protocol):
             self._why = f"{int.from_bytes(data[:2], 'big')} {data[2:].decode()}"
             self.transport.close()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        why = self._why or str(error or "the connection has closed")
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = self._why or str(exc or "the connection has closed")
         if not self.opened.done():
             self.opened.set_exception(ConnectionError(why))
         self.closed.set_result(why)

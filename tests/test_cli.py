@@ -21,7 +21,7 @@ def call(*args, code=0):
 
 def test_help_lists_the_commands():
     out = call("--help").output
-    for name in ("run", "methods", "check", "claim", "train"):
+    for name in ("run", "methods", "check", "claim", "bench", "train"):
         assert name in out
 
 

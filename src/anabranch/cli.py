@@ -168,6 +168,27 @@ def claim(
         claims.show(record)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The name of a benchmark: bench/NAME.py of the repository.")],
+) -> None:
+    """Run a benchmark; what follows its name, such as --smoke, is passed on to it."""
+    import subprocess
+
+    from anabranch import catalog
+
+    try:
+        folder = catalog.repository() / "bench"
+        path = folder / f"{name}.py"
+        if not path.is_file():
+            known = [p.stem for p in folder.glob("*.py")]
+            raise LookupError(f"no benchmark {name!r} in {folder}{catalog.did_you_mean(name, known)}")
+    except LookupError as error:
+        _fail(error)
+    raise typer.Exit(subprocess.run([sys.executable, str(path), *context.args], check=False).returncode)
+
+
 @app.command()
 def train(slug: _Slug) -> None:
     """Run a recorded training script, and write its weights with the hashes of script and data."""

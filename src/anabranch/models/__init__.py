@@ -1,0 +1,1 @@
+"""Networks that several families share: small enough to train on a laptop."""
