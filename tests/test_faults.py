@@ -213,7 +213,6 @@ def test_a_full_disk_refuses_events_and_goes_on_when_there_is_room(tmp_path, sma
     assert server.stop() == 0
 
 
-@pytest.mark.xfail(reason="the end of a stream that cannot be written ends the server", strict=True)
 def test_a_full_disk_while_streams_are_idle_for_too_long_ends_nothing(tmp_path, small_disk):
     resize = small_disk("out/recurrent/live/journal", "40k")
     server = serve(tmp_path, cell="idle = 0.5")
@@ -264,7 +263,6 @@ UNSAVED = "anabranch_checkpoints_failed"
 # Clocks
 
 
-@pytest.mark.xfail(reason="they are looked for only when nothing comes for a second", strict=True)
 def test_idle_streams_end_while_others_are_busy(tmp_path):
     server = serve(tmp_path, cell="idle = 0.5")
     assert post(server, stream="idle").json()["results"][0]["n"] == 1
@@ -299,7 +297,6 @@ def test_a_clock_that_jumps_ends_no_stream_and_stops_no_checkpoint(tmp_path):
     assert server.stop() == 0
 
 
-@pytest.mark.xfail(reason="such rows are late until the clock is where it was", strict=True)
 def test_a_row_without_a_time_is_not_late_when_the_clock_is_set_back(tmp_path):
     (tmp_path / "jump").write_text("0")
     row = {name: value for name, value in payments(30)[5].items() if name not in ("time", "fraud", "known")}

@@ -32,7 +32,9 @@ def test_sgd_keeps_the_contract(stream, model):
 
 def test_sgd_takes_the_steps_of_optax(stream, model):
     cell = Sgd(model, optax.adam(0.01))
-    state, _ = eqx.filter_jit(lambda s, xs: jax.lax.scan(lambda s, x: cell.step(s, x), s, xs))(cell.init(key=KEY), stream)
+    state, _ = eqx.filter_jit(lambda s, xs: jax.lax.scan(lambda s, x: cell.step(s, x), s, xs))(
+        cell.init(key=KEY), stream
+    )
     plain, adam = model, optax.adam(0.01)
     opt = adam.init(eqx.filter(plain, eqx.is_inexact_array))
     for i in range(40):

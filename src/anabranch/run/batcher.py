@@ -130,12 +130,15 @@ class Batcher:
         state = self.policy.init()
         act, learn = self.policy.act, self.policy.learn  # an Equinox module binds them anew whenever it is asked
         taken: list[tuple[Request, int]] = []
+        looked = time.monotonic()
         try:
             while self._open or self.waiting:
+                if time.monotonic() - looked >= 1.0:
+                    await self._expire()
+                    looked = time.monotonic()
                 if not self.waiting:
                     self._come.clear()
-                    if not await _within(self._come, 1.0):
-                        await self.call(self.live.expire)
+                    await _within(self._come, 1.0)
                     continue
                 streams, view = self._view()
                 state, batch = act(state, view)
@@ -162,6 +165,12 @@ class Batcher:
             self._refuse([request for request, _ in taken], error)
             self._refuse([request for queue in self._streams.values() for request in queue], error)
             raise
+
+    async def _expire(self) -> None:
+        try:
+            await self.call(self.live.expire)
+        except (NotTaken, Stuck) as error:
+            log.error("%s", error)
 
     def _refuse(self, requests: list[Request], error: BaseException) -> None:
         """Tell those who wait that nothing comes. What is left of a request in its queue goes too."""

@@ -142,13 +142,13 @@ class ServedCell:
             if when > since:
                 break
             keys.append(key)
-        for key in keys:
-            del self._seen[key]
         return CellBatch(keys, np.full(len(keys), END, np.uint8), np.zeros((len(keys), 0), np.uint8)) if keys else None
 
     def step(self, batch: CellBatch) -> list[tuple[int, bytes]]:
         if batch.data.shape[1] == 0 and self.width:
             self.keyed.forget(batch.keys)
+            for key in batch.keys:
+                self._seen.pop(key, None)
             return []
         now = time.monotonic()
         for key, flag in zip(batch.keys, batch.flags.tolist()):
