@@ -16,7 +16,6 @@ import contextlib
 import heapq
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ import numpy as np
 from websockets.asyncio.client import connect
 
 from anabranch.decide.payment_routing import PaymentSimulator
+from common import write
 
 ROOT = Path(__file__).parents[1]
 KINDS, GATEWAYS = 200, 5
@@ -226,7 +225,6 @@ def main() -> None:
     on_sample = {"anabranch": took[sample].mean()}
     on_sample |= {name: replayed(world, make, kinds) for name, make in peers(args.seed).items()}
     record = {
-        "bench": "payments",
         "transactions": n,
         "seconds": round(ours["seconds"], 2),
         "decisions_per_second": round(n / ours["seconds"]),
@@ -238,14 +236,10 @@ def main() -> None:
         "success_on_sample": {name: round(float(rate), 4) for name, rate in on_sample.items()},
         "kinds_in_sample": len(kinds),
         "durable": True,
-        "cpus": os.cpu_count(),
-        "versions": {"python": platform.python_version()},
-        "date": datetime.now(UTC).date().isoformat(),
     }
     print(json.dumps(record, indent=2))
     if not args.smoke:
-        path = Path(__file__).parent / "results" / "payments.json"
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write("payments", record, "anabranch", "jax", "river", "mabwiser")
 
 
 if __name__ == "__main__":

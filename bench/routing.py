@@ -10,14 +10,9 @@ five others. A fixed rule sees what no policy sees, the outcome of every gateway
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.progress import track
 
@@ -25,6 +20,7 @@ from anabranch.cell import Feedback, Maybe
 from anabranch.combine import Ask, Outcome
 from anabranch.decide.payment_routing import DiscountedThompson, DiscountedUCB, PaymentRouter, SlidingWindowUCB
 from anabranch.run.keyed import Keyed
+from common import write
 from payments import GATEWAYS, World, best_gateways
 
 RATE, SECONDS, KINDS = 12_000, 60.0, 200
@@ -164,20 +160,15 @@ def main() -> None:
             "interval": [round(float(q), 4) for q in np.percentile(drawn, (2.5, 97.5))],
         } | ({"tuned": tuned[name]} if name in tuned else {})
     record = {
-        "bench": "routing",
         "best_of_ours": best,
         "policies": dict(sorted(table.items(), key=lambda item: -item[1]["success"])),
         "kinds": len(rates[best]),
         "transactions_a_kind": round(RATE * SECONDS / KINDS),
         "seeds": {"tuning": tuning, "scored": scored},
-        "cpus": os.cpu_count(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "date": datetime.now(UTC).date().isoformat(),
     }
     print(json.dumps(record, indent=2))
     if not args.smoke:
-        path = Path(__file__).parent / "results" / "routing.json"
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write("routing", record, "anabranch", "jax", "river", "mabwiser")
 
 
 if __name__ == "__main__":

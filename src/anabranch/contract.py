@@ -453,7 +453,14 @@ class _Trial:
             mode, reason = "forward", "forward mode only: reverse mode cannot pass a loop of unknown length"
             evaluate = lambda diff: push(diff, toward)[2]
             push = jax.jit(lambda diff, toward: jax.jvp(lambda d: total(d, fixed), (diff,), (toward,), has_aux=True))
-            _, tangent, leaves = push(point, toward)
+            try:
+                _, tangent, leaves = push(point, toward)
+            except TypeError as error:
+                if "custom_vjp" not in str(error):
+                    raise
+                return _found(
+                    "n/a", reason="a step takes a gradient by a rule of its own, which has no second derivative"
+                )
             flat, slope = [np.asarray(tangent, np.float64)], float(tangent)
         what = f"{mode} mode, {steps} steps"
         if not all(np.isfinite(part).all() for part in flat):

@@ -131,7 +131,7 @@ class Packing:
         words = []
         for slot, leaf in zip(self._slots, leaves):
             if slot.dtype is None:
-                if is_array(leaf) or type(leaf) is not type(slot.static) or not leaf == slot.static:
+                if is_array(leaf) or type(leaf) is not type(slot.static) or not _alike(leaf, slot.static):
                     raise StateError(
                         f"state{slot.name}: expected the constant {slot.static!r} of the template, found {leaf!r}; "
                         "what changes on the stream must be an array"
@@ -161,6 +161,10 @@ def name_of(path: tuple) -> str:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is data, and not a Python constant."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)  # NaN is the one value that differs from itself
 
 
 def _is_key(dtype: Any) -> bool:

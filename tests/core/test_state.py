@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import equinox as eqx
+import hypothesis
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ states = trees(st.one_of(arrays(), keys, numbers))
 
 @FEW
 @given(states)
+@hypothesis.example(float("nan"))
 def test_packing_gives_back_every_bit(state):
     packing = Packing(state)
     row = packing.pack(state)

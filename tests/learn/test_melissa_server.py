@@ -89,7 +89,7 @@ def test_killed_clients_and_restarted_server(tmp_path):
     same_rows(np.concatenate([x, u], -1)[: SIMULATIONS * STEPS], expected())
 
 
-def test_small_buffer_makes_the_clients_wait(tmp_path):
+def test_a_small_buffer_loses_nothing(tmp_path):
     small = server(tmp_path, Fifo, capacity=10, waiting=1)
     assert small.train() == SIMULATIONS * STEPS // 4
     assert small.buffer_state.fresh == SIMULATIONS * STEPS  # however often they had to wait, nothing is lost

@@ -57,9 +57,7 @@ def batch_of(loss):
 
 def test_contract():
     report = contract.check(*example())
-    broken = {row.name: row.reason for row in report.rows if row.verdict == "breaks"}
-    # A `custom_vjp` has no forward mode, which is how the contract takes the derivative of a step.
-    assert list(broken) == ["differentiable"] and "custom_vjp" in str(broken["differentiable"]), report
+    assert report.ok, report
 
 
 @pytest.mark.parametrize("chunk, logits_chunk", [(8, 6), (21, 64), (1, 1)])
@@ -86,7 +84,7 @@ def test_nothing_to_learn_gives_zero():
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
-def test_memory_grows_with_the_chunk_and_not_with_all_logits():
+def test_it_needs_much_less_memory_than_the_plain_gradient():
     wide = Llama(Config(vocab=512, width=16, layers=4, heads=2, kv_heads=1, hidden=64), key=KEY)
     batch = text(1024)
     plain = Backprop(lambda m, batch, key: Whole(m).xent(*batch)).memory(wide, batch)

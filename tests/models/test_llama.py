@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anabranch.learn.streambp import StreamBP, next_tokens
 from anabranch.models.llama import Config, Llama, load, smollm2
 
 CONFIG = Config(vocab=37, width=24, layers=3, heads=6, kv_heads=2, hidden=40, rope_base=1000.0)
@@ -56,7 +57,6 @@ def test_logits_and_gradients_equal_those_of_transformers(tied):
     np.testing.assert_allclose(ours(jnp.asarray(tokens)), out.logits[0].detach().numpy(), atol=1e-4, rtol=1e-4)
 
     out.loss.backward()
-    from anabranch.learn.streambp import StreamBP, next_tokens
 
     batch = jnp.asarray(tokens)[None], next_tokens(jnp.asarray(tokens)[None])
     loss, grads = StreamBP(chunk=8, logits_chunk=8).value_and_grad(ours, batch, jax.random.PRNGKey(0))

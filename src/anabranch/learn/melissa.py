@@ -292,7 +292,7 @@ class SurrogateTrainer(Cell):
 
         def produce(_: Any, carry: tuple) -> tuple:
             heat, fields, waiting, produced, buffer = carry
-            heat, fields, waiting = jax.lax.cond(
+            heat, fields, waiting = branch(
                 (waiting == 0) & (produced < total),
                 lambda heat, fields, waiting: (*self.ensemble.step(heat), jnp.int32(K)),
                 lambda *same: same,

@@ -82,7 +82,7 @@ def factorise(n: int, epochs: int) -> Mechanism:
     """The mechanism of least error for n steps in `epochs` passes, by L-BFGS on X = CᵀC.
 
     X is held to zero between steps that share an example, so that their contributions stay orthogonal, and its diagonal
-    to sum 1 over them, so that the sensitivity is 1. Takes half a minute for n = 256; kept in memory.
+    to sum 1 over them, so that the sensitivity is 1. Takes some seconds for n = 256; kept in memory.
 
     Raises:
         ValueError: if the n steps do not divide into `epochs`.
@@ -176,15 +176,15 @@ def correlated_noise(
         ]
         return NoiseState(jax.tree.unflatten(structure, rows), jnp.int32(0), jnp.int32(0))
 
-    def update(grads: PyTree, state: NoiseState, params: PyTree | None = None) -> tuple[PyTree, NoiseState]:
-        size = len(jax.tree.leaves(grads)[0])
-        total, rejected = clip_each(grads, clip)
-        updates = jax.tree.map(
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, NoiseState]:
+        size = len(jax.tree.leaves(updates)[0])
+        total, rejected = clip_each(updates, clip)
+        private = jax.tree.map(
             lambda g, rows: jnp.where(state.step < n, g + rows[jnp.minimum(state.step, n - 1)], jnp.nan) / size,
             total,
             state.noise,
         )
-        return updates, NoiseState(state.noise, state.step + 1, state.rejected + rejected)
+        return private, NoiseState(state.noise, state.step + 1, state.rejected + rejected)
 
     return optax.GradientTransformation(init, update)
 

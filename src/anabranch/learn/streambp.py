@@ -133,7 +133,7 @@ def _layer_backward(chunk, kept, g):
 
     def visit(carry, x):
         i, h, g = x
-        dblock, dh, dk, dv = jax.vjp(lambda *args: _chunk(*args, i), block, h, k, v)[1](g)
+        dblock, dh, dk, dv = jax.vjp(lambda block, h, k, v: _chunk(block, h, k, v, i), block, h, k, v)[1](g)
         return jax.tree.map(jnp.add, carry, (dblock, dk, dv)), dh
 
     nothing = jax.tree.map(jnp.zeros_like, (block, k, v))
@@ -206,7 +206,7 @@ class Streamed(eqx.Module):
     def xent(self, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
         """Mean cross-entropy in nats over all labels that count; 0 if there are none."""
         h = self.hidden(tokens).reshape(-1, self.model.config.width)
-        total = chunked_xent(self.logits_chunk, self.model.head, h, labels.reshape(-1))
+        total: Any = chunked_xent(self.logits_chunk, self.model.head, h, labels.reshape(-1))
         return total / jnp.maximum((labels >= 0).sum(), 1)
 
     def logps(self, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -206,6 +206,10 @@ def load(path: str | Path) -> Llama:
             raise ValueError(f"{path}: tensor {name} must have shape {shape}, got {found.shape}")
         return found.astype(np.float32)
 
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path}: tensor token_embd.weight is missing")
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path}: rope_freqs.weight: positions that are scaled, as in Llama 3.1, are not supported")
     config = Config(
         vocab=int(tensors["token_embd.weight"].shape[-1]),
         width=number("embedding_length"),
@@ -220,10 +224,10 @@ def load(path: str | Path) -> Llama:
     d, hidden, kv = config.width, config.hidden, config.kv_heads * config.head_width
 
     def block(i: int) -> Block:
-        def of(name: str, *shape: int) -> np.ndarray:
+        def of(name: str, *shape: int) -> Any:  # NumPy's until all layers are stacked
             return weight(f"blk.{i}.{name}.weight", *shape)
 
-        def unpaired(w: np.ndarray, heads: int) -> np.ndarray:
+        def unpaired(w: Any, heads: int) -> Any:
             # The file has the two features that RoPE turns side by side; here they are half a head apart.
             return w.reshape(heads, -1, 2, d).swapaxes(1, 2).reshape(w.shape)
 
