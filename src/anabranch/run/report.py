@@ -13,6 +13,8 @@ from anabranch.run.pipeline import Pipeline, Summary
 
 # Okabe and Ito: colours that also colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#333333")
+MARKS = 30
+"""Drifts of the error that are drawn, at most."""
 METRICS = {
     "n": ("events", "{:,}"), "base_rate": ("base rate", "{:.3f}"), "log_loss": ("log loss", "{:.4f}"),
     "auc": ("AUC", "{:.4f}"), "accuracy": ("accuracy", "{:.4f}"), "calibration_error": ("cal. error", "{:.4f}"),
@@ -67,21 +69,24 @@ def write(pipeline: Pipeline, summary: Summary, peers: dict[str, dict[str, dict[
         metrics = [("rmse", "RMSE")] if pipeline.kind == "value" else metrics
         metrics += [("base_rate", "base rate")] if binary else []
         figure, axes = plt.subplots(len(metrics), 1, figsize=(9, 2.1 * len(metrics)), sharex=True, squeeze=False)
+        # More of them than can be told apart, of which only the last are kept, would mark nothing but the ink.
+        marks = [raised for raised in pipeline.alarms.recent if raised.output == ERROR]
+        marks = marks if pipeline.alarms.counts.get(ERROR, 0) <= MARKS else []
         for (metric, label), ax in zip(metrics, axes[:, 0]):
             for group in groups:
                 points = [(t, s[metric]) for t, s in pipeline.quality.series[group].smooth(7) if s.get("n", 0) > 20]
                 when = np.array([t for t, _ in points]).astype("datetime64[s]")
                 ax.plot(when, [v for _, v in points], color=colour[group], label=group, lw=1.6)
-            for raised in pipeline.alarms.recent:
-                if raised.output == ERROR:
-                    ax.axvline(np.datetime64(round(raised.time), "s"), color=colour[raised.key], lw=1, ls=":")  # pyright: ignore[reportArgumentType]
+            for raised in marks:
+                at: Any = np.datetime64(round(raised.time), "s")
+                ax.axvline(at, color=colour[raised.key], lw=1, ls=":")
             ax.set_ylabel(label)
         axes[0, 0].legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
         add(
             "Quality over time",
             figure,
-            "Windows of seven days of event time, by the time at which the question was asked. Dotted: when labels "
-            "showed that errors had become larger (ADWIN).",
+            "Windows of seven days of event time, by the time at which the question was asked."
+            + (" Dotted: when labels showed that errors had become larger (ADWIN)." if marks else ""),
         )
     if binary and pipeline.quality.scores:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), width_ratios=[1, 1.2])
