@@ -27,15 +27,15 @@ class Topics:
     """The topics of a test: it fills the one and counts the others, as any other client would."""
 
     def __init__(self, kafka, name, partitions=1):
-        self.kafka, self.name = kafka, name
+        self.kafka, self.name, self.partitions = kafka, name, partitions
         for topic, count in ((f"{name}-in", partitions), (f"{name}.predictions", 3), (f"{name}.outcomes", 1)):
             kafka.topic(topic, count)
         self.producer = confluent_kafka.Producer({"bootstrap.servers": kafka.url})
         self.consumer = confluent_kafka.Consumer({"bootstrap.servers": kafka.url, "group.id": name})
 
     def send(self, messages):
-        for message in messages:
-            self.producer.produce(f"{self.name}-in", message)
+        for i, message in enumerate(messages):  # left to itself, the producer may send nearly all to one partition
+            self.producer.produce(f"{self.name}-in", message, partition=i % self.partitions)
         self.producer.flush()
 
     def ends(self, topic, partitions):
