@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,23 +16,31 @@ SIZES = tuple(2**i for i in range(3, 11))
 
 
 class Gru(Cell):
-    """A GRU and a linear output; the state is the hidden vector."""
+    """A GRU and a linear output; the state is the hidden vector. The products are written so that a batch has rows."""
 
-    gru: eqx.nn.GRUCell
-    out: eqx.nn.Linear
+    inputs: Float[Array, "16 384"]
+    hidden: Float[Array, "128 384"]
+    bias: Float[Array, " 384"]
+    new_bias: Float[Array, " 128"]
+    output: Float[Array, "128 16"]
 
     def init(self, *, key=None) -> Float[Array, " 128"]:
         return jnp.zeros(WIDTH)
 
     def step(self, state: Float[Array, " 128"], x: Float[Array, " 16"]):
-        state = self.gru(x, state)
-        return state, self.out(state)
+        r, z, new = jnp.split(x @ self.inputs + self.bias, 3)
+        hr, hz, hnew = jnp.split(state @ self.hidden, 3)
+        r, z = jax.nn.sigmoid(r + hr), jax.nn.sigmoid(z + hz)
+        new = jnp.tanh(new + r * (hnew + self.new_bias))
+        state = new + z * (state - new)
+        return state, state @ self.output
 
 
 def make() -> Gru:
     """The cell, with the same random weights in every process."""
-    a, b = jax.random.split(jax.random.PRNGKey(0))
-    return Gru(eqx.nn.GRUCell(INPUTS, WIDTH, key=a), eqx.nn.Linear(WIDTH, OUTPUTS, key=b))
+    shapes = (INPUTS, 3 * WIDTH), (WIDTH, 3 * WIDTH), (3 * WIDTH,), (WIDTH,), (WIDTH, OUTPUTS)
+    keys, bound = jax.random.split(jax.random.PRNGKey(0), len(shapes)), WIDTH**-0.5
+    return Gru(*(jax.random.uniform(k, shape, minval=-bound, maxval=bound) for k, shape in zip(keys, shapes)))
 
 
 class Batched:

@@ -169,6 +169,10 @@ class Chain(Cell):
         return any(cell.coupled for cell in self.cells)
 
     @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(cell.smooth for cell in self.cells)
+
+    @property
     def host(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(cell.host for cell in self.cells)
 

@@ -409,6 +409,8 @@ class _Trial:
     def differentiable(self) -> Row:
         if isinstance(self.cell, Policy):
             return _found("n/a", reason="a decision is chosen or drawn, it is no smooth function of the inputs")
+        if not self.cell.smooth:
+            return _found("n/a", reason="not smooth by design: outputs jump, or their gradient is an estimate")
         state = self.cell.init(key=self.key)
         ys = self.walked[2]
         shown = [_floats(_visible(y)) for y in ys]

@@ -20,7 +20,7 @@ no backward pass. Any of them stands where a loss does.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -48,6 +48,8 @@ class Backprop(eqx.Module):
 
     loss: Loss = eqx.field(static=True)
     """`loss(model, batch, key) -> scalar`."""
+    exact: ClassVar[bool] = True
+    """False when the gradient is an estimate, or one by a rule of its own."""
 
     def value_and_grad(self, model: M, batch: Any, key: PRNGKeyArray) -> tuple[Float[Array, ""], M]:
         """The loss, and its gradient with respect to the floating-point arrays of the model; None for all else."""

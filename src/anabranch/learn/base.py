@@ -80,6 +80,10 @@ class Sgd(Learner):
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     backprop: Backprop = Backprop(cross_entropy)
 
+    @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.backprop.exact
+
     def init(self, *, key: PRNGKeyArray | None = None) -> SgdState:
         arrays = eqx.filter(self.model, eqx.is_inexact_array)
         key = jax.random.PRNGKey(0) if key is None else key

@@ -11,13 +11,12 @@ Keys beyond `capacity` spill, least recently used first, to host memory and then
 """
 
 import hashlib
-import itertools
 import math
 import os
 import tempfile
-import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64, PyTree, UInt32
+from jaxtyping import Int32, Int64, PyTree, UInt32
 
 from anabranch.cell import Cell, State, noise
-from anabranch.state import Packing
+from anabranch.state import Packing, is_array
 
-LOOP_FLOPS = 300_000
-"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has a GRU(128) with 0.1 M flops faster
-in the loop, a GRU(256) with 0.4 M in waves, if keys are uniform; the more skewed they are, the later the two cross."""
+LOOP_FLOPS = 100_000
+"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has the two cross near a GRU(128), whose
+steps have 0.1 M flops, if keys are uniform; the more skewed they are, the later."""
 SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a loop; a longer micro-batch runs in several."""
 
@@ -111,10 +110,11 @@ class Keyed:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(cores, 8) if threads is None else threads
         self._shards = max(1, min(threads, capacity // 64)) if form != "waves" else 1
-        self._pool = ThreadPoolExecutor(self._shards) if self._shards > 1 else None
-        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(self._shards)  # starts threads when it is first used
         self._staged: dict[tuple, list[np.ndarray]] = {}
         self._packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
+        self._kind = _Kind(cell)
+        self._weights = tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(cell) if is_array(leaf))
         per_shard = -(-capacity // self._shards)
         self.capacity = capacity = per_shard * self._shards
         first = [np.asarray(_fresh_rows(cell, seed, np.array([i], np.uint32))) for i in (1, 2, 3)]
@@ -141,32 +141,21 @@ class Keyed:
         """
         keys = _key_array(keys)
         n = len(keys)
-        lengths = {np.shape(leaf)[0] for leaf in jax.tree.leaves(xs) if np.ndim(leaf)}
-        if lengths - {n}:
-            raise ValueError(f"{n} keys came with inputs of length {sorted(lengths)}")
         if n == 0:
             raise ValueError("a micro-batch needs at least one event")
-        xs = jax.tree.map(lambda leaf: leaf if np.ndim(leaf) else np.full(n, leaf), xs)
+        leaves, tree = jax.tree.flatten(xs)
+        lengths = {len(leaf) for leaf in leaves if np.ndim(leaf)}
+        if lengths - {n}:
+            raise ValueError(f"{n} keys came with inputs of length {sorted(lengths)}")
+        leaves = [np.asarray(leaf) if np.ndim(leaf) else np.full(n, leaf) for leaf in leaves]
         if self.cell.host:
-            return self._step_host(keys, jax.tree.map(np.asarray, xs))
-        xs = jax.tree.map(lambda leaf: np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)), xs)
-        return self._step(keys, xs)
-
-    def _step(self, keys, xs: PyTree) -> PyTree:
-        codes, unique = _factorize(keys)
-        if len(unique) > self.capacity:  # more keys at once than there is room for: one half after the other
-            half = len(codes) // 2
-            a = self._step(_part(keys, 0, half), jax.tree.map(lambda leaf: leaf[:half], xs))
-            b = self._step(_part(keys, half, len(codes)), jax.tree.map(lambda leaf: leaf[half:], xs))
-            return jax.tree.map(lambda *ys: np.concatenate(ys), a, b)
-        self._batch += 1
-        numbers = self._number(unique)
-        self._admit(numbers)
-        self._dirty[numbers] = True
-        slots = self._place[numbers]
-        shard, local = slots % self._shards, (slots // self._shards).astype(np.int32)
-        run = self._waves if self.form(jax.tree.map(lambda leaf: leaf[0], xs)) == "waves" else self._loop
-        return run(shard.astype(np.int32)[codes], local[codes], xs)
+            keys = keys if isinstance(keys, list) else keys.to_pylist()
+            _refuse_null(keys)
+            return self._step_host(keys, jax.tree.unflatten(tree, leaves))
+        leaves = [np.asarray(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) for leaf in leaves]
+        if self._form is None:
+            self.form(jax.tree.unflatten(tree, [leaf[0] for leaf in leaves]))
+        return self._step(self._number(keys), leaves, tree)
 
     def form(self, x: PyTree) -> str:
         """Which form micro-batches of inputs like `x` run in."""
@@ -175,71 +164,57 @@ class Keyed:
             self._form = "loop" if jax.default_backend() == "cpu" and flops <= LOOP_FLOPS else "waves"
         return self._form
 
-    def _loop(self, shard: np.ndarray, local: np.ndarray, xs: PyTree) -> PyTree:
-        out: PyTree = None
+    def _step(self, numbers: Int64[np.ndarray, " n"], xs: list[np.ndarray], tree: Any) -> PyTree:
+        n = len(numbers)
+        if n > self.capacity and len(np.unique(numbers)) > self.capacity:  # one half after the other
+            a = self._step(numbers[: n // 2], [x[: n // 2] for x in xs], tree)
+            b = self._step(numbers[n // 2 :], [x[n // 2 :] for x in xs], tree)
+            return jax.tree.map(lambda *ys: np.concatenate(ys), a, b)
+        self._batch += 1
+        self._admit(numbers)
+        self._dirty[numbers] = True
+        slots = self._place[numbers]
+        shard, local = slots % self._shards, (slots // self._shards).astype(np.int32)
+        step, sizes = (_wave, WIDTHS) if self._form == "waves" else (_loop, SIZES)
+        done = []
 
         def run(i: int) -> None:
-            nonlocal out
             mine = np.flatnonzero(shard == i)
-            for start in range(0, len(mine), SIZES[-1]):
-                part = mine[start : start + SIZES[-1]]
-                slots, x = self._stage(i, part, (local, xs))
-                done = _loop_over((self.cell, slots, np.int32(len(part)), x), self._rows[i])
-                self._rows[i], ys = jax.block_until_ready(done)  # XLA reads the staged arrays where they are
-                ys = jax.tree.map(np.asarray, ys)
-                with self._lock:
-                    if out is None:
-                        out = jax.tree.map(lambda leaf: np.empty((len(shard), *leaf.shape[1:]), leaf.dtype), ys)
-                jax.tree.map(lambda whole, leaf, at=part: whole.__setitem__(at, leaf[: len(at)]), out, ys)
+            for part in _waves(mine, local) if self._form == "waves" else _cut([mine], SIZES[-1]):
+                at, *x = self._stage(i, part, [local, *xs], sizes)
+                x = jax.tree.unflatten(tree, x)
+                self._rows[i], ys = step(self._kind, self._weights, self._rows[i], at, np.int32(len(part)), x)
+                self._rows[i].block_until_ready()  # XLA reads the staged arrays where they are
+                done.append((part, jax.tree.map(np.asarray, ys)))
 
-        if self._pool is None:
-            run(0)
+        busy = [i for i in range(self._shards) if (shard == i).any()]
+        if len(busy) == 1:
+            run(busy[0])
         else:
-            list(self._pool.map(run, range(self._shards)))
+            list(self._pool.map(run, busy))
+        if len(done) == 1:
+            return jax.tree.map(lambda leaf: leaf[:n], done[0][1])
+        out = jax.tree.map(lambda leaf: np.empty((n, *leaf.shape[1:]), leaf.dtype), done[0][1])
+        for part, ys in done:
+            jax.tree.map(lambda whole, leaf, e=part: whole.__setitem__(e, leaf[: len(e)]), out, ys)
         return out
 
-    def _stage(self, shard: int, part: np.ndarray, whole: PyTree) -> PyTree:
-        """These events of `whole`, padded to a compiled length, in arrays that are used again for later ones.
+    def _stage(self, shard: int, part: np.ndarray, whole: list[np.ndarray], sizes: tuple[int, ...]) -> list[np.ndarray]:
+        """These events of `whole`, in arrays of a compiled length that are used again for later ones.
 
         Fresh arrays for every call cost more than the copy: the system has to make their pages first.
         """
-        size = next(s for s in SIZES if s >= len(part))
-        leaves, tree = jax.tree.flatten(whole)
-        name = (shard, size, tree, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        size = next(s for s in sizes if s >= len(part))
+        name = (shard, size, *((leaf.shape[1:], leaf.dtype) for leaf in whole))
         if name not in self._staged:
-            self._staged[name] = [_aligned((size, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
-        for leaf, staged in zip(leaves, self._staged[name]):
+            self._staged[name] = [_aligned((size, *leaf.shape[1:]), leaf.dtype) for leaf in whole]
+        for leaf, staged in zip(whole, self._staged[name]):
             np.take(leaf, part, axis=0, out=staged[: len(part)], mode="clip")  # other modes copy once more
-        return jax.tree.unflatten(tree, self._staged[name])
+        return self._staged[name]
 
-    def _waves(self, shard: np.ndarray, local: np.ndarray, xs: PyTree) -> PyTree:
-        slots = local.astype(np.int64) * self._shards + shard
-        order = np.argsort(slots, kind="stable")
-        first = np.r_[True, np.diff(slots[order]) != 0]
-        start = np.maximum.accumulate(np.where(first, np.arange(len(slots)), 0))
-        turn = np.empty(len(slots), np.int64)
-        turn[order] = np.arange(len(slots)) - start  # the how-manieth event of its key
-        wave = turn * self._shards + shard  # a wave runs over the rows of one shard
-        by_wave = np.argsort(wave, kind="stable")
-        bounds = np.flatnonzero(np.r_[True, np.diff(wave[by_wave]) != 0, True])
-        out: PyTree = None
-        for a, b in itertools.pairwise(bounds):
-            for at in range(a, b, WIDTHS[-1]):
-                events = by_wave[at : min(at + WIDTHS[-1], b)]
-                width = next(w for w in WIDTHS if w >= len(events))
-                x = _pad(jax.tree.map(lambda leaf, e=events: leaf[e], xs), width)
-                i = shard[events[0]]
-                call = (self.cell, _pad(local[events], width, fill=self._out_of_bounds), x)
-                self._rows[i], ys = _wave(call, self._rows[i])
-                if out is None:
-                    out = jax.tree.map(lambda leaf: np.empty((len(slots), *leaf.shape[1:]), leaf.dtype), ys)
-                for whole, leaf in zip(jax.tree.leaves(out), jax.tree.leaves(ys)):
-                    whole[events] = np.asarray(leaf)[: len(events)]
-        return out
-
-    def _step_host(self, keys, xs: PyTree) -> PyTree:
+    def _step_host(self, keys: list, xs: PyTree) -> PyTree:
         ys = []
-        for i, key in enumerate(keys if isinstance(keys, list) else keys.to_pylist()):
+        for i, key in enumerate(keys):
             if key not in self._states:
                 self._states[key] = self.cell.init(key=noise(jax.random.PRNGKey(self.seed), _hash(key), "init"))
             self._states[key], y = self.cell.step(self._states[key], jax.tree.map(lambda leaf, i=i: leaf[i], xs))
@@ -296,22 +271,30 @@ class Keyed:
         self._free += numbers.tolist()
         return len(numbers)
 
-    def _number(self, keys: list) -> np.ndarray:
-        """The numbers of these keys, which are distinct; new keys get theirs."""
-        numbers = np.array([self._numbers.get(key, -1) for key in keys], np.int64)
-        new = np.flatnonzero(numbers < 0)
-        if len(new):
-            again = min(len(new), len(self._free))
-            first, fresh = len(self._keys), [keys[i] for i in new.tolist()]
-            numbers[new] = np.r_[self._free[len(self._free) - again :], first : first + len(new) - again]
-            del self._free[len(self._free) - again :]
-            for number, key in zip(numbers[new[:again]].tolist(), fresh):
-                self._keys[number] = key
-            self._keys += fresh[again:]
-            self._numbers.update(zip(fresh, numbers[new].tolist()))
-            self._make_room(len(self._keys))
-            self._place[numbers[new]], self._renamed[numbers[new]] = _NOWHERE, True
-        return numbers
+    def _number(self, keys: pa.Array | list) -> Int64[np.ndarray, " n"]:
+        """The number of each event's key; new keys get theirs."""
+        if not isinstance(keys, list):
+            codes, unique = _factorize(keys)
+            return self._number(unique)[codes]
+        found = list(map(self._numbers.get, keys))
+        if None in found:
+            _refuse_null(keys)
+            self._name(list(dict.fromkeys(key for key, number in zip(keys, found) if number is None)))
+            found = [self._numbers[key] for key in keys]
+        return np.array(found, np.int64)
+
+    def _name(self, keys: list) -> None:
+        """Give these new keys their numbers."""
+        again = min(len(keys), len(self._free))
+        first = len(self._keys)
+        numbers = np.r_[self._free[len(self._free) - again :], first : first + len(keys) - again].astype(np.int64)
+        del self._free[len(self._free) - again :]
+        for number, key in zip(numbers[:again].tolist(), keys):
+            self._keys[number] = key
+        self._keys += keys[again:]
+        self._numbers.update(zip(keys, numbers.tolist()))
+        self._make_room(len(self._keys))
+        self._place[numbers], self._renamed[numbers] = _NOWHERE, True
 
     def _make_room(self, count: int) -> None:
         if count > len(self._place):
@@ -324,9 +307,9 @@ class Keyed:
         place = self._place[numbers]
         ready = place >= 0
         self._used[place[ready]] = self._batch  # so that none of this batch is sent away
-        absent = numbers[~ready]
-        if not len(absent):
+        if ready.all():
             return
+        absent = np.unique(numbers[~ready])
         free = np.flatnonzero(self._owner < 0)
         if len(absent) > len(free):
             self._evict(len(absent) - len(free))
@@ -404,7 +387,7 @@ class Keyed:
             slots = self._place[parts[i]] // self._shards
             np.take(np.asarray(self._rows[i]), slots, axis=0, out=rows[ends[i] - len(slots) : ends[i]], mode="clip")
 
-        if self._pool is None:
+        if self._shards == 1:
             copy(0)
         else:
             list(self._pool.map(copy, range(self._shards)))
@@ -557,12 +540,51 @@ def _grow(array: np.ndarray, size: int, fill: Any) -> np.ndarray:
     return out
 
 
-# Compiled once for a cell, and shared by all `Keyed` of it. Row buffers are donated: they are updated in place.
+def _cut(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """These parts, none longer than `size`."""
+    return (part[at : at + size] for part in parts for at in range(0, len(part), size))
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _loop_over(call, rows):
-    cell, slots, n, xs = call
+def _waves(events: Int64[np.ndarray, " n"], local: Int32[np.ndarray, " all"]) -> Iterator[np.ndarray]:
+    """The first event of every key, then the second of every key, and so on."""
+    slots = local[events]
+    order = np.argsort(slots, kind="stable")
+    again = slots[order][1:] == slots[order][:-1]
+    if not again.any():
+        return _cut([events], WIDTHS[-1])
+    first = np.concatenate([[True], ~again])
+    turn = np.empty(len(slots), np.int64)
+    turn[order] = np.arange(len(slots)) - np.maximum.accumulate(np.where(first, np.arange(len(slots)), 0))
+    by_turn = np.argsort(turn, kind="stable")
+    return _cut(np.split(events[by_turn], np.cumsum(np.bincount(turn))[:-1]), WIDTHS[-1])
+
+
+class _Kind:
+    """A cell but for its arrays: what a program is compiled for. `jit` asks for its hash at every call."""
+
+    def __init__(self, cell: Cell):
+        leaves, self._tree = jax.tree.flatten(cell)
+        self._fixed = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        self._hash = hash((self._tree, self._fixed))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Kind) and self._tree == other._tree and self._fixed == other._fixed)
+
+    def cell(self, weights: Sequence[jax.Array]) -> Cell:
+        """The cell with these arrays."""
+        left = iter(weights)
+        return jax.tree.unflatten(self._tree, [next(left) if leaf is None else leaf for leaf in self._fixed])
+
+
+# Compiled once for a kind of cell, and shared by all `Keyed` of it. Row buffers are donated: they are updated in place.
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _loop(kind, weights, rows, slots, n, xs):
+    cell = kind.cell(weights)
     packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
     at = lambda i: jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), xs)
     first, static = eqx.partition(packing.get(rows, slots[0]), eqx.is_array)
@@ -582,10 +604,11 @@ def _loop_over(call, rows):
     return rows, ys
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _wave(call, rows):
-    cell, slots, xs = call
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _wave(kind, weights, rows, slots, n, xs):
+    cell = kind.cell(weights)
     packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
+    slots = jnp.where(jnp.arange(len(slots)) < n, slots, len(rows))  # reads the last row, and writes nowhere
     states = jax.vmap(packing.unpack)(rows[slots])
     states, ys = jax.vmap(lambda state, x: cell.step(state, x))(states, xs)
     return rows.at[slots].set(jax.vmap(packing.pack)(states), mode="drop"), ys
@@ -652,32 +675,28 @@ def _hash(key: Hashable) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
 
 
-def _part(keys, a: int, b: int):
-    return keys[a:b] if isinstance(keys, list) else keys.slice(a, b - a)
-
-
 def _key_array(keys) -> pa.Array | list:
-    """Keys as an Arrow array where they are of one plain type, else as a list."""
+    """Keys as an Arrow array where they come in one, or in an array of NumPy's, else as a list."""
     if isinstance(keys, pa.ChunkedArray):
         keys = keys.combine_chunks()
-    if isinstance(keys, (pa.Array, list)) and len(keys) == 0:
-        return []
-    if not isinstance(keys, pa.Array):
-        kinds = set(map(type, keys)) if not isinstance(keys, np.ndarray) or keys.dtype == object else None
-        if kinds is not None and kinds not in ({str}, {int}, {bytes}):
-            keys = list(keys)
-            if None in keys:
-                raise ValueError(f"the key of event {keys.index(None)} is null")
-            return keys
-        keys = pa.array(keys)
-    if keys.null_count:
-        raise ValueError(f"the key of event {keys.is_null().to_pylist().index(True)} is null")
-    return keys
+    if isinstance(keys, np.ndarray):
+        keys = pa.array(keys) if keys.dtype != object else keys.tolist()
+    if isinstance(keys, pa.Array):
+        if keys.null_count:
+            raise ValueError(f"the key of event {keys.is_null().to_pylist().index(True)} is null")
+        return keys
+    return keys if isinstance(keys, list) else list(keys)
+
+
+def _refuse_null(keys: list) -> None:
+    if None in keys:
+        raise ValueError(f"the key of event {keys.index(None)} is null")
 
 
 def _factorize(keys) -> tuple[np.ndarray, list]:
     """Each event's number among the distinct keys, and these keys."""
     if isinstance(keys, list):
+        _refuse_null(keys)
         numbers: dict[Hashable, int] = {}
         codes = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
         return codes, list(numbers)

@@ -105,6 +105,10 @@ class Sharded(Cell):
     def coupled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.cell.coupled
 
+    @property
+    def smooth(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.cell.smooth
+
     def init(self, *, key=None) -> State:
         return _init(self, key)
 
