@@ -102,8 +102,8 @@ class Cell(eqx.Module):
     host: ClassVar[bool] = False
     """True when the cell cannot be traced by JAX: it calls a solver, a server or another library."""
     smooth: ClassVar[bool] = True
-    """False when outputs jump as inputs change (signs, ranks, hard choices), or their gradient is an estimate by design:
-    nobody then expects the derivative of the step to equal a finite difference."""
+    """False when outputs jump as inputs change (signs, ranks, hard choices), or their gradient is but an estimate:
+    nobody expects the derivative of a step to equal a finite difference."""
 
     def init(self, *, key: PRNGKeyArray | None = None) -> State:
         """The state before the first step."""

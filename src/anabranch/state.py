@@ -77,6 +77,11 @@ class Packing:
     def __repr__(self) -> str:
         return f"Packing(words={self.words}, leaves={len(self._slots)})"
 
+    @property
+    def layout(self) -> dict[str, str]:
+        """The dtype and shape of each array, by its place in the state."""
+        return {f"state{slot.name}": _show(slot.shape, slot.dtype) for slot in self._slots if slot.dtype is not None}
+
     def pack(self, state: State) -> UInt32[Array, " words"]:
         """The row of a state.
 

@@ -258,6 +258,24 @@ def test_idle_streams_end(tmp_path):
     server.stop()
 
 
+def test_a_second_server_stays_out(cell):
+    with pytest.raises(RuntimeError, match="another server is at work there"):
+        Process(cell.folder, cell.file.read_text(), "second.toml")
+
+
+def test_a_cell_with_another_state_of_the_same_size_does_not_start(tmp_path):
+    text = CELL_FILE.format(cell="", serve="")
+    server = Process(tmp_path, text)
+    httpx.post(server.url + "/v1/events", json={"stream": "a", "x": [1.0, 2.0, 3.0]})
+    assert server.stop() == 0
+    other = CELL.replace("jnp.zeros(self.w.shape[0])", "jnp.zeros((1, 3))").replace(
+        "self.w @ state", "state @ self.w.T"
+    )
+    (tmp_path / "other_cell.py").write_text(other)
+    with pytest.raises(RuntimeError, match=r"are of a cell with the state .*float32\[3\]"):
+        Process(tmp_path, text.replace("served_cell:", "other_cell:"))
+
+
 def test_what_was_answered_survives_sigkill_exactly_once(tmp_path):
     server = Process(tmp_path, CELL_FILE.format(cell="", serve=""))
     xs, at, answers = events(4000, 5), 0, {}

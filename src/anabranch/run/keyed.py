@@ -31,8 +31,8 @@ from anabranch.cell import Cell, State, noise
 from anabranch.state import Packing, is_array
 
 LOOP_FLOPS = 100_000
-"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has the two cross near a GRU(128), whose
-steps have 0.1 M flops, if keys are uniform; the more skewed they are, the later."""
+"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has the two cross near a GRU(128) with
+0.1 M flops, if keys are uniform; the more skewed they are, the later."""
 SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a loop; a longer micro-batch runs in several."""
 
@@ -241,6 +241,11 @@ class Keyed:
     def nbytes(self) -> int:
         """Bytes of all states, wherever they are."""
         return 0 if self.cell.host else 4 * self._packing.words * len(self._numbers)
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """The dtype and shape of each array of a state."""
+        return self._packing.layout
 
     def state(self, key: Hashable) -> State:
         """The state of one key.

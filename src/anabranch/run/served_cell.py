@@ -105,6 +105,11 @@ class ServedCell:
         self.keyed.forget(list(self.keyed))
         batches = 0
         for arrays, meta in self._checkpoints.load() or []:
+            if meta["state"] != self.keyed.layout:
+                raise ConfigError(
+                    f"{self.out}: the checkpoints there are of a cell with the state {meta['state']}, "
+                    f"this one has {self.keyed.layout}"
+                )
             saved: Any = arrays["keyed"]
             keys = unpack_keys(saved["keys"])
             self.keyed.restore(Rows(saved["named"], keys, saved["gone"], saved["numbers"], saved["rows"]))
@@ -191,7 +196,7 @@ class ServedCell:
         saved = self.keyed.everything() if self._checkpoints.wants_everything else self.keyed.changed()
         keys = partial(pack_keys, saved.keys)
         arrays = {"named": saved.named, "keys": keys, "gone": saved.gone, "numbers": saved.numbers, "rows": saved.rows}
-        self._checkpoints.save({"keyed": arrays}, {"batches": batches})
+        self._checkpoints.save({"keyed": arrays}, {"batches": batches, "state": self.keyed.layout})
 
     def wait(self) -> None:
         self._checkpoints.wait()

@@ -6,6 +6,7 @@ WebSocket and HTTP in one port. The work itself is in `Live.step`, in one thread
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import json
 import logging
@@ -13,7 +14,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,7 +28,7 @@ from anabranch.batching import Deadlines, Scheduler
 from anabranch.run import connections, oip, openapi, wire
 from anabranch.run.access import Access, check_tls
 from anabranch.run.batcher import Batcher, Closed, Full
-from anabranch.run.config import PipelineConfig, ServeConfig, ServedCellFile
+from anabranch.run.config import ConfigError, PipelineConfig, ServeConfig, ServedCellFile
 from anabranch.run.keyed import Keyed
 from anabranch.run.live import Live
 from anabranch.run.metrics import Metrics
@@ -70,6 +71,7 @@ class Server:
             self.name, self.served = config.name, ServedPipeline(config, folder)
             out, keep = self.served.pipeline.out, config.checkpoint.keep
         serve = self.config
+        self._folder = _alone(out)
         self.live = Live(self.served, out / "journal", durable=serve.durable, every=serve.every, keep=keep)
         self.metrics = Metrics()
         self.policy = Deadlines() if policy is None else policy
@@ -129,6 +131,7 @@ class Server:
                 log.info("drained; the last checkpoint is written")
             else:
                 await asyncio.to_thread(self.live.abandon)
+            self._folder.close()
 
     def _stopped(self, task: asyncio.Task) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -407,6 +410,21 @@ class Server:
             return Response(head, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(length)}
         return Response(head + data, media_type="application/octet-stream", headers=headers)
+
+
+def _alone(folder: Path) -> IO:
+    """Keeps other servers out of a folder for as long as the file that is returned is open.
+
+    Raises:
+        ConfigError: if another one is in there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another server is at work there") from None
+    return file
 
 
 def _stage(stage: Stage | ServedCell) -> dict[str, float]:
