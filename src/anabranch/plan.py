@@ -180,8 +180,12 @@ class PlanBuilder:
                     raise ValueError(f"no pool {pool}: there are {len(self._pools)}")
                 self._mem.append((op, pool, when, -amount if when else amount))
         if comm is not None:
-            self._comm.append((op, *comm))
+            self.move(op, *comm)
         return op
+
+    def move(self, op: int, src: int, dst: int, size: float) -> None:
+        """Let `op` move so many bytes from device to device."""
+        self._comm.append((op, src, dst, size))
 
     def wait(self, op: int, on: Iterable[int], lag: float = 0.0) -> None:
         """Let `op` wait for others, which may have been added later than itself."""

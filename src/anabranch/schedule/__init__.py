@@ -1,0 +1,1 @@
+"""Where and when work runs: pipelines that train over devices, and the serving of language models."""
