@@ -168,6 +168,42 @@ def claim(
         claims.show(record)
 
 
+@app.command()
+def plan(
+    stages: Annotated[int, typer.Option(help="Devices, each with an equal part of the model.", min=1)],
+    microbatches: Annotated[int, typer.Option(help="Parts of a batch.", min=1)],
+    cost: Annotated[
+        Path | None, typer.Option(help="What passes take and hold (JSON, see docs/pipelines.md); else 1 each.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="For activations, a device: 16GiB, or a number.")] = None,
+    pick: Annotated[str | None, typer.Option(help="Take the schedule of this name, not the quickest.")] = None,
+    torch: Annotated[Path | None, typer.Option(help="Write it for torch.distributed.pipelining (CSV).")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw it.")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Compare all pipeline schedules for your own costs, and recommend one."""
+    from anabranch.plan import PlanError
+    from anabranch.schedule import report, search
+
+    try:
+        costs = report.read_costs(cost)
+        found = search.search(stages, microbatches, costs, report.read_bytes(memory))
+        best = report.picked(found, pick)
+        if torch is not None:
+            search.to_torch(best.schedule, torch)
+        if svg is not None:
+            svg.write_text(report.drawing(best, "svg"), encoding="utf-8")
+    except (ValueError, LookupError, OSError, PlanError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps({"best": best.schedule.name, "found": [report.figures(one) for one in found]}))
+        return
+    Console().print(report.table(found, best))
+    if not best.fits:
+        print("none fits in the memory: the table begins with the quickest")
+    print(report.drawing(best, "text"), end="")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

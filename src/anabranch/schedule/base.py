@@ -166,15 +166,18 @@ class Line:
 
     def __init__(self, p: int, stages: int, costs: Costs, limit: float = np.inf):
         cost, self.stages, self.limit, self.message = costs.of(stages), stages, limit, costs.message
-        left = cost["gradient"] - cost["activation"] * (1 - cost["kept"])
-        self.time = {F: cost["forward"], B: cost["backward"], W: cost["weight"]}
-        self.takes = {F: cost["activation"], B: cost["gradient"], W: np.zeros(stages)}
-        self.adds = {F: cost["activation"], B: left, W: -cost["activation"] - left}
+        f, b, w = (cost[name] for name in ("forward", "backward", "weight"))
+        activation, left = cost["activation"], cost["gradient"] - cost["activation"] * (1 - cost["kept"])
+        none = np.zeros(stages)
+        lists = lambda rows: {kind: row.tolist() for kind, row in zip((F, B, W, BW), rows)}
+        self.time = lists((f, b, w, b + w))
+        self.takes = lists((activation, cost["gradient"], none, none))
+        self.adds = lists((activation, left, -activation - left, -activation))
         self.orders: list[list[Pass]] = [[] for _ in range(p)]
-        self.free, self.held, self.waited = np.zeros(p), np.zeros(p), np.zeros(p)
+        self.free, self.held, self.peak, self.waited = ([0.0] * p for _ in range(4))
         self.ran: dict[Pass, tuple[int, float]] = {}
-        """Where each pass runs, and when it ends."""
-        self.done = {kind: [0] * stages for kind in (F, B, W)}
+        """Where each pass runs, and when it ends; a BW as a B."""
+        self.done = {kind: [0] * stages for kind in (F, B, W, BW)}
         """How many of a kind each stage has."""
         self.pending: list[deque[Pass]] = [deque() for _ in range(p)]
         """The B of each device whose W has yet to come."""
@@ -185,10 +188,18 @@ class Line:
 
     def arrives(self, device: int, one: Pass) -> float | None:
         """When the input of a pass is on a device; None if what gives it is not scheduled yet."""
-        before = one.stage + (-1 if one.kind is F else 1)
-        if one.kind is W or not 0 <= before < self.stages:
+        kind, stage, micro = one
+        if kind is F:
+            before = Pass(F, stage - 1, micro) if stage else None
+        elif kind is W:
+            before = Pass(B, stage, micro)
+        elif Pass(F, stage, micro) not in self.ran:
+            return None
+        else:
+            before = Pass(B, stage + 1, micro) if stage + 1 < self.stages else None
+        if before is None:
             return 0.0
-        ran = self.ran.get(one._replace(stage=before))
+        ran = self.ran.get(before)
         return None if ran is None else ran[1] + (self.message if ran[0] != device else 0.0)
 
     def room(self, device: int, one: Pass) -> None:
@@ -207,20 +218,23 @@ class Line:
         self.room(device, one)
         arrives = self.arrives(device, one)
         assert arrives is not None, one
+        kind, stage, micro = one
         start = max(self.free[device], arrives)
         if self.orders[device]:
             self.waited[device] += start - self.free[device]
-        self.free[device] = start + self.time[one.kind][one.stage]
-        self.ran[one] = device, self.free[device]
-        self.held[device] += self.adds[one.kind][one.stage]
+        self.free[device] = start + self.time[kind][stage]
+        self.ran[Pass(B, stage, micro) if kind is BW else one] = device, self.free[device]
+        self.peak[device] = max(self.peak[device], self.held[device] + self.takes[kind][stage])
+        self.held[device] += self.adds[kind][stage]
         self.orders[device].append(one)
-        self.done[one.kind][one.stage] += 1
-        if one.kind is B:
+        self.done[kind][stage] += 1
+        if kind is B:
             self.pending[device].append(one)
 
     def weight(self, device: int) -> None:
         """The W that has waited longest."""
-        self.put(device, self.pending[device].popleft()._replace(kind=W))
+        _, stage, micro = self.pending[device].popleft()
+        self.put(device, Pass(W, stage, micro))
 
     def fill(self, device: int, until: float | None, delay: Callable[[float], bool] = lambda gap: False) -> None:
         """Each W that fits before `until`; and one more, which does not, if `delay` of the gap that is left says so."""
@@ -229,6 +243,23 @@ class Line:
             self.weight(device)
         if pending and self.free[device] < until and delay(until - self.free[device]):
             self.weight(device)
+
+    def follow(self, orders: Sequence[Iterable[Pass]], before: Callable[[int, Pass, float], None]) -> None:
+        """Put the passes of each device in the order given; `before(device, pass, when its input is there)` each.
+
+        Raises:
+            PlanError: if they wait for one another.
+        """
+        left, moved = [deque(order) for order in orders], True
+        while moved:
+            moved = False
+            for device, order in enumerate(left):
+                while order and (arrives := self.arrives(device, order[0])) is not None:
+                    one, moved = order.popleft(), True
+                    before(device, one, arrives)
+                    self.put(device, one)
+        if any(left):
+            raise PlanError(f"deadlock: {next(order[0] for order in left if order)} never has its input")
 
     def finish(self) -> list[list[Pass]]:
         """The orders, with each W that is left."""

@@ -17,7 +17,6 @@ Where a pass can be cut is read from the program that JAX makes of it: what the 
 belongs to W. So any stage can be split, and no layer has to be written for it.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from anabranch.schedule.base import (
     Costs,
     F,
     Line,
+    Pass,
     Schedule,
     bubble,
     gpipe,
@@ -65,20 +65,16 @@ def two_stage(given: Schedule, costs: Costs = EQUAL, fill: str = "gap") -> Sched
     if not any(one.kind is BW for order in given.orders for one in order):
         raise ValueError(f"{given.name} has no BW that could be split")
     line = Line(len(given.orders), given.stages, costs)
-    left = [deque(one._replace(kind=B) if one.kind is BW else one for one in order) for order in given.orders]
-    forward = [sum(one.kind is F for one in order) for order in left]
-    while any(left):
-        moved = False
-        for device, order in enumerate(left):
-            while order and (until := line.arrives(device, order[0])) is not None:
-                one = order.popleft()
-                forward[device] -= one.kind is F
-                if fill == "gap" and one.kind is B and not forward[device]:
-                    if line.pending[device] and line.free[device] < until:
-                        line.weight(device)
-                line.put(device, one)
-                moved = True
-        assert moved, "the schedule given deadlocks"
+    orders = [[one._replace(kind=B) if one.kind is BW else one for one in order] for order in given.orders]
+    forward = [sum(one.kind is F for one in order) for order in orders]
+
+    def before(device: int, one: Pass, arrives: float) -> None:
+        forward[device] -= one.kind is F
+        waits = line.free[device] < arrives and one.kind is B and not forward[device]
+        if fill == "gap" and waits and line.pending[device]:
+            line.weight(device)
+
+    line.follow(orders, before)
     return replace(given, name=f"{given.name} + 2BP", orders=line.finish())
 
 

@@ -126,14 +126,14 @@ def auto_schedule(p: int, m: int, costs: Costs, limit: float = np.inf) -> Schedu
         found.append((longest, len(found), line))
     if not found:
         raise failure
-    return Schedule("ZB auto", min(found)[2].finish(), tuple(range(p)))
+    return Schedule("ZB auto", min(found)[2].orders, tuple(range(p)))
 
 
 def _auto(line: Line, p: int, m: int, early_bubble: bool, backward_first: bool, greedy: bool) -> Line:
     time, free = line.time, line.free
 
     def delay(s: int) -> Callable[[float], bool]:
-        return lambda gap: greedy or gap > line.waited.max() - line.waited[s]
+        return lambda gap: greedy or gap > max(line.waited) - line.waited[s]
 
     # The first F everywhere, as many more as the first B leaves time for, and the first B from the last stage on.
     for s in range(p):
@@ -190,7 +190,7 @@ def _waits(line: Line, s: int, p: int) -> bool:
         held, weights = held + line.adds[W][s], weights + 1
     if line.free[s] + line.time[F][s] + weights * line.time[W][s] <= comes:
         return False
-    return comes - line.free[s] <= line.waited.max() - line.waited[s]
+    return comes - line.free[s] <= max(line.waited) - line.waited[s]
 
 
 def zb_v(p: int, m: int, costs: Costs = EQUAL, limit: float | None = None) -> Schedule:
@@ -209,21 +209,21 @@ def zb_v(p: int, m: int, costs: Costs = EQUAL, limit: float | None = None) -> Sc
         limit = 2 * p * float(np.max(costs.activation))
     found = []
     for fill_f, fill_b in product((True, False), repeat=2):
-        worst: np.ndarray | None = None
+        worst: list[float] | None = None
         while True:  # once more with the waiting of the last attempt as what each device may have, while that helps
             line = _v(Line(p, 2 * p, costs, limit), p, m, fill_f, fill_b, worst)
-            found.append((float(line.waited.max()), len(found), line))
-            if worst is not None and line.waited.max() >= worst.max():
+            found.append((max(line.waited), len(found), line))
+            if worst is not None and max(line.waited) >= max(worst):
                 break
-            worst = line.waited.copy()
-    return Schedule("ZB-V", min(found)[2].finish(), v_shape(p))
+            worst = list(line.waited)
+    return Schedule("ZB-V", min(found)[2].orders, v_shape(p))
 
 
-def _v(line: Line, p: int, m: int, fill_f: bool, fill_b: bool, may: np.ndarray | None) -> Line:
+def _v(line: Line, p: int, m: int, fill_f: bool, fill_b: bool, may: list[float] | None) -> Line:
     done, back = line.done, lambda d: 2 * p - 1 - d  # the chunk on the way back of a device
 
     def delay(d: int, fills: bool) -> Callable[[float], bool]:
-        spare = line.waited.max() if may is None else max(line.waited.max(), may.max() - may[d])
+        spare = max(line.waited) if may is None else max(*line.waited, max(may) - may[d])
         return lambda gap: fills and gap > spare - line.waited[d]
 
     def put(d: int, kind: Op, stage: int) -> None:
@@ -246,31 +246,37 @@ def _v(line: Line, p: int, m: int, fill_f: bool, fill_b: bool, may: np.ndarray |
             for other in range(d + 1):
                 put(other, F, other)
         put(d, F, back(d))
-    returns = False
+    returns, idle = False, 0
     for d in range(1, p):
-        while (
+        while idle < 2 and (
             done[F][d] + done[F][back(d)] < done[F][d - 1] + done[F][back(d - 1)]
             or done[F][back(d)] <= done[F][back(d - 1)] < m
         ):
+            idle += 1
             for other in range(p - 1, d - 1, -1):
                 stage = back(other) if returns else other
-                if done[F][stage] < m:
+                fits = line.held[other] + line.takes[F][stage] <= line.limit
+                if fits and done[F][stage] < m and given(other, F, stage):
                     put(other, F, stage)
+                    idle = 0
             returns = not returns
 
-    for _ in range(2 * m):
+    while sum(done[B]) < 2 * p * m:
+        begun = len(line.ran)
         # A B for each device: on the way down again where its gradient is there, else on the way back.
         down = [d for d in range(p) if done[B][d] < done[B][back(d)] and (done[B][back(d)] == m or given(d, B, d))]
         turns = [(d, d) for d in reversed(down)] + [(d, back(d)) for d in range(p) if d not in down]
         for d, stage in turns:
-            _next(line, d, line.next(B, stage), delay(d, fill_b or stage < p))
+            if done[B][stage] < m and given(d, B, stage):
+                _next(line, d, line.next(B, stage), delay(d, fill_b or stage < p))
         for d in range(p):
-            if done[F][back(d)] == m:
-                continue
             if done[F][back(d)] < done[F][d] and given(d, F, back(d)):
                 _next(line, d, line.next(F, back(d)), delay(d, fill_f))
             elif done[F][d] < m and given(d, F, d):
                 _next(line, d, line.next(F, d), delay(d, fill_f))
+        if len(line.ran) == begun:
+            raise PlanError(f"memory of {line.limit:g} does not suffice")
+    line.finish()
     return line
 
 
