@@ -35,6 +35,8 @@ class Op(IntEnum):
     F, B, W, BW, R, SEND, RECV, D2H, H2D, AG, RS, AR, OPT = range(13)
     GEN, INFER, TRAIN, SYNC, ENC, PREFILL, DECODE, GEMM, GEMV, NET, LOAD = range(13, 24)
 
+    __hash__ = int.__hash__  # that of an Enum is a call in Python
+
 
 class Lane(NamedTuple):
     """What runs one operation at a time."""

@@ -17,6 +17,8 @@ Where a pass can be cut is read from the program that JAX makes of it: what the 
 belongs to W. So any stage can be split, and no layer has to be written for it.
 """
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ from anabranch.schedule.base import (
     simulate,
 )  # fmt: skip
 
-__all__ = ["bubble", "gpipe", "naive", "one_f_one_b", "simulate", "split_vjp", "two_stage"]
+__all__ = ["bubble", "gpipe", "measure", "naive", "one_f_one_b", "simulate", "split_vjp", "two_stage"]
 
 
 def naive(p: int) -> Schedule:
@@ -165,3 +167,44 @@ def split_vjp(stage: Stage, weights: PyTree, x: Array) -> SplitVJP:
 
     halves = halve(back, leaves, y)
     return SplitVJP(lambda weights, x: run(weights, x)[:2], halves.first, halves.second)
+
+
+def measure(stage: Stage, weights: PyTree, x: Array, repeats: int = 20) -> Costs:
+    """What the passes of a stage take on this machine, medians in seconds, and what they hold, in bytes.
+
+    What `anabranch plan` needs to know: write it as JSON by `dataclasses.asdict`.
+    """
+    passes = split_vjp(stage, weights, x)
+    forward, backward, weight = jax.jit(passes.forward), jax.jit(passes.backward), jax.jit(passes.weight)
+    y, kept = forward(weights, x)
+    _, left = backward(kept, y)
+
+    def seconds(run: Callable[..., Any], *args: Any) -> float:
+        jax.block_until_ready(run(*args))
+        took = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(run(*args))
+            took.append(time.perf_counter() - begin)
+        return statistics.median(took)
+
+    times = seconds(forward, weights, x), seconds(backward, kept, y), seconds(weight, left)
+    activation, inherited, gradient = _held(passes, weights, x)
+    share = inherited / activation if activation else 0.0
+    return Costs(*times, activation=activation, kept=share, gradient=gradient, bytes=float(y.nbytes))
+
+
+def _held(passes: SplitVJP, weights: PyTree, x: Array) -> tuple[float, float, float]:
+    """Bytes from F to B, those of them until W, and those that B adds until W. Weights are there anyway."""
+    forward = jax.make_jaxpr(passes.forward)(weights, x).jaxpr
+    moving: set[Any] = {forward.invars[-1]}
+    for eqn in forward.eqns:
+        if any(var in moving for var in eqn.invars if isinstance(var, Var)):
+            moving |= set(eqn.outvars)
+    size = lambda var: float(var.aval.size * var.aval.dtype.itemsize)
+    held = [size(var) if isinstance(var, Var) and var in moving else 0.0 for var in forward.outvars[1:]]
+    y, kept = jax.eval_shape(passes.forward, weights, x)
+    backward = jax.make_jaxpr(passes.backward)(kept, y).jaxpr
+    given = dict(zip(backward.invars, [*held, 0.0], strict=True))
+    left = [var for var in backward.outvars[1:] if isinstance(var, Var)]
+    return sum(held), sum(given.get(var, 0.0) for var in left), sum(size(var) for var in left if var not in given)
