@@ -173,7 +173,7 @@ def plan(
     stages: Annotated[int, typer.Option(help="Devices, each with an equal part of the model.", min=1)],
     microbatches: Annotated[int, typer.Option(help="Parts of a batch.", min=1)],
     cost: Annotated[
-        Path | None, typer.Option(help="What passes take and hold (JSON, see docs/pipelines.md); else 1 each.")
+        Path | None, typer.Option(help="What passes take and hold (JSON, see docs/schedules.md); else 1 each.")
     ] = None,
     memory: Annotated[str | None, typer.Option(help="For activations, a device: 16GiB, or a number.")] = None,
     pick: Annotated[str | None, typer.Option(help="Take the schedule of this name, not the quickest.")] = None,
