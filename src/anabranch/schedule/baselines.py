@@ -1,0 +1,132 @@
+"""How language models are usually served: whole prompts first, mixed with decodes, or in chunks.
+
+All keep a cache of blocks; a request that gets no block for its next token has those that came last preempted, whose
+caches are made again.
+"""
+
+from typing import ClassVar
+
+import equinox as eqx
+import numpy as np
+
+from anabranch.schedule.serving import DECODING, PREFILLING, RECOMPUTE, WAITING, Batch, Scheduler, View
+
+
+def running(view: View) -> tuple[np.ndarray, np.ndarray, int]:
+    """The decoding requests that can go on, the slots that are preempted for it, and the blocks that are left.
+
+    The last to come are preempted first; at least one always goes on.
+    """
+    slots = np.flatnonzero(view.status == DECODING)
+    slots = slots[np.argsort(view.id[slots])][: view.max_seqs]
+    more = (view.need(view.done[slots] + 1) - view.blocks[slots]).clip(0)
+    free = view.free_blocks
+    if more.sum() <= free:
+        return slots, slots[:0], free - int(more.sum())
+    keep = len(slots)
+    while keep > 1 and more[:keep].sum() > free + view.blocks[slots[keep:]].sum():
+        keep -= 1
+    return slots[:keep], slots[keep:], int(free + view.blocks[slots[keep:]].sum() - more[:keep].sum())
+
+
+def batch(view: View, decode: np.ndarray, preempted: np.ndarray, prefill: dict[int, int]) -> Batch:
+    """A batch of these slots."""
+    n = len(view.id)
+    mask, tokens = np.zeros(n, bool), np.zeros(n, np.int64)
+    mask[decode] = True
+    tokens[list(prefill)] = list(prefill.values())
+    how = None
+    if len(preempted):
+        how = np.zeros(n, np.int8)
+        how[preempted] = RECOMPUTE
+    return Batch(mask, tokens, how)
+
+
+def prompts(view: View) -> list[int]:
+    """Those that wait, first come first, and before them what has been begun."""
+    slots = np.flatnonzero((view.status == WAITING) | (view.status == PREFILLING))
+    order = np.lexsort((view.id[slots], view.status[slots] != PREFILLING))
+    return slots[order].tolist()
+
+
+def admit(
+    view: View, order: list[int], free: int, budget: int, seats: int, *, whole: bool, watermark: float = 0.01
+) -> dict[int, int]:
+    """Tokens of each prompt that fit in the budget and in the blocks.
+
+    Arguments:
+        whole: take a prompt only as a whole, the first one even if it is longer than the budget.
+        watermark: the share of all blocks that stays free.
+    """
+    found: dict[int, int] = {}
+    keep = int(watermark * view.total_blocks)
+    for slot in order:
+        left = int(view.prompt[slot] - view.done[slot])
+        take = left if whole else min(left, budget)
+        if take <= 0 or seats <= 0 or (whole and take > budget and found):
+            break
+        begun = view.status[slot] == PREFILLING
+        # A prompt is let in only if all of it will fit: half of one would hold blocks that nobody else can have.
+        need = int(view.need(view.prompt[slot]) - view.blocks[slot])
+        if need > free - (0 if begun else keep) and (found or free < view.total_blocks or need > free):
+            break
+        free, budget, seats = free - need, budget - take, seats - 1
+        found[slot] = take
+    return found
+
+
+class FCFS(Scheduler):
+    """Whole prompts before everything else, first come first; the way of vLLM before chunked prefill."""
+
+    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
+        decode, preempted, _ = running(x)
+        if not len(preempted):
+            found = admit(x, prompts(x), x.free_blocks, x.max_tokens, x.max_seqs - len(decode), whole=True)
+            if found:
+                return state, batch(x, decode[:0], preempted, found)
+        return state, batch(x, decode, preempted, {})
+
+
+class Orca(Scheduler):
+    """Whole prompts in one iteration with all decodes (Yu et al. 2022)."""
+
+    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
+        decode, preempted, free = running(x)
+        budget = x.max_tokens - len(decode)
+        found = {} if len(preempted) else admit(x, prompts(x), free, budget, x.max_seqs - len(decode), whole=True)
+        return state, batch(x, decode, preempted, found)
+
+
+class Chunked(Scheduler):
+    """Decodes first, and prompts in chunks that fill iterations up to `chunk` tokens (Sarathi, Agrawal et al. 2024).
+
+    Raises:
+        ValueError: if `chunk` is not positive.
+    """
+
+    chunk: int = eqx.field(static=True, default=512)
+
+    def __check_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be positive, got {self.chunk}")
+
+    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
+        decode, preempted, free = running(x)
+        budget = self.chunk - len(decode)
+        found = {} if len(preempted) else admit(x, prompts(x), free, budget, x.max_seqs - len(decode), whole=False)
+        return state, batch(x, decode, preempted, found)
+
+
+class SRPT(Scheduler):
+    """As FCFS, the shortest request first, by lengths that no real scheduler knows."""
+
+    oracle: ClassVar[bool] = True
+
+    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
+        decode, preempted, _ = running(x)
+        if not len(preempted):
+            order = sorted(prompts(x), key=lambda slot: (x.prompt[slot] - x.done[slot] + x.limit[slot], x.id[slot]))
+            found = admit(x, order, x.free_blocks, x.max_tokens, x.max_seqs - len(decode), whole=True)
+            if found:
+                return state, batch(x, decode[:0], preempted, found)
+        return state, batch(x, decode, preempted, {})

@@ -1,0 +1,222 @@
+"""What an iteration of a language model costs: from the sizes of a model and a device, or fitted to measurements.
+
+    >>> cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
+    >>> seconds = cost.iteration(Work(chunk=np.array([512]), context=np.array([0]), decode=np.array([1000, 2000])))
+    >>> 0.02 < seconds < 0.06
+    True
+
+Units: seconds, bytes, floating-point operations, tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+NONE = np.zeros(0, np.int64)
+
+
+class Work(NamedTuple):
+    """What one iteration computes."""
+
+    chunk: Int64[np.ndarray, " a"] = NONE
+    """Tokens of each prompt that are prefilled now."""
+    context: Int64[np.ndarray, " a"] = NONE
+    """Tokens of it that were before."""
+    decode: Int64[np.ndarray, " b"] = NONE
+    """Tokens that each request which gets its next one has in its cache."""
+    layers: float = 1.0
+    """The share of all layers through which prompts go now; decodes go through all."""
+    share: float = 1.0
+    """The share of the device's arithmetic that is theirs."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device: peaks, and the shares of them that real kernels reach."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    host: float = 25e9
+    """To the host's memory, bytes a second."""
+    launch: float = 5e-6
+    """Fixed time of an iteration and layer."""
+    reached: tuple[float, float] = (0.6, 0.8)
+    """Of `flops`, and of `bandwidth`."""
+
+
+DEVICES = {
+    one.name: one
+    for one in (
+        Device("a100-40g", 312e12, 1.555e12, 40e9),
+        Device("a100-80g", 312e12, 2.039e12, 80e9),
+        Device("a40", 149.7e12, 0.696e12, 48e9),
+        Device("h100", 989e12, 3.35e12, 80e9),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LMSpec:
+    """The sizes of a transformer; with `experts`, of one whose MLPs are mixtures of which each token takes `topk`."""
+
+    layers: int
+    d: int
+    heads: int
+    kv_heads: int
+    ff: int
+    vocab: int
+    head_width: int = 0
+    """By default d / heads."""
+    experts: int = 1
+    topk: int = 1
+    bytes: int = 2
+    """Of a weight, and of a number in the cache."""
+
+    @property
+    def _width(self) -> int:
+        return self.head_width or self.d // self.heads
+
+    @property
+    def attention(self) -> int:
+        """Weights of a layer's attention."""
+        return self.d * self._width * 2 * (self.heads + self.kv_heads)
+
+    @property
+    def expert(self) -> int:
+        """Weights of one expert, or of the MLP."""
+        return 3 * self.d * self.ff
+
+    @property
+    def params(self) -> int:
+        return self.layers * (self.attention + self.experts * self.expert) + 2 * self.vocab * self.d
+
+    @property
+    def active(self) -> int:
+        """Weights that a token meets in the layers."""
+        return self.layers * (self.attention + self.topk * self.expert)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of a token in the cache."""
+        return 2 * self.layers * self.kv_heads * self._width * self.bytes
+
+
+MODELS = {
+    "llama-3-8b": LMSpec(32, 4096, 32, 8, 14_336, 128_256),
+    "llama-3-70b": LMSpec(80, 8192, 64, 8, 28_672, 128_256),
+    "opt-13b": LMSpec(40, 5120, 40, 40, 13_653, 50_272),
+    "qwen3-30b-a3b": LMSpec(48, 2048, 32, 4, 768, 151_936, head_width=128, experts=128, topk=8),
+}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Time by the larger of arithmetic and memory traffic, of a model spread over `devices` by tensor parallelism.
+
+    Arguments:
+        devices: that share every layer; each gives `scaling` of what it would give alone.
+    """
+
+    spec: LMSpec
+    device: Device
+    devices: int = 1
+    scaling: float = 0.9
+
+    @property
+    def _speed(self) -> float:
+        return 1.0 if self.devices == 1 else self.devices * self.scaling
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.spec.kv_bytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values fit beside the weights, a tenth of memory being kept for all else."""
+        room = 0.9 * self.device.memory * self.devices - self.spec.params * self.spec.bytes
+        return max(0, int(room // self.spec.kv_bytes))
+
+    def loaded(self, tokens: float) -> float:
+        """Expected distinct experts of a layer that so many tokens take, if routing is uniform."""
+        spec = self.spec
+        return spec.experts * (1 - (1 - spec.topk / spec.experts) ** tokens) if spec.experts > 1 else 1.0
+
+    def weight_bytes(self, work: Work) -> float:
+        """Weights that an iteration reads."""
+        spec, prompts, decodes = self.spec, float(work.chunk.sum()), len(work.decode)
+        both = self.loaded(prompts + decodes)
+        alone = self.loaded(decodes) if decodes else 0.0
+        experts = work.layers * both + (1 - work.layers) * alone
+        shared = 1.0 if decodes else work.layers
+        return spec.bytes * (spec.layers * (shared * spec.attention + experts * spec.expert) + spec.vocab * spec.d)
+
+    def iteration(self, work: Work) -> float:
+        """Seconds of one iteration."""
+        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
+        return float(
+            self._seconds(
+                work, float(chunk.sum()), float((chunk * (context + chunk / 2)).sum()), float(context.sum()),
+                float(work.decode.sum()),
+            )
+        )  # fmt: skip
+
+    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
+        """Seconds of each of k iterations that only decode these requests."""
+        total = float(decode.sum()) + len(decode) * np.arange(k)
+        return np.asarray(self._seconds(Work(decode=decode), 0.0, 0.0, 0.0, total))
+
+    def _seconds(self, work: Work, tokens: float, pairs: float, before: float, decoded):
+        spec, n = self.spec, len(work.decode)
+        width = spec.heads * spec._width
+        flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
+        flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
+        kv = spec.kv_bytes * (work.layers * (before + tokens) + decoded + n)
+        reached, speed = self.device.reached, self._speed
+        compute = flops / (reached[0] * self.device.flops * speed * work.share)
+        memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * speed)
+        return np.maximum(compute, memory) + self.device.launch * spec.layers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Time fitted to measurements, in milliseconds: a prefill of lengths l takes a + b Σl + c Σl², a decode of contexts
+    takes a + b Σcontext + c n, with other constants from `threshold` requests on. An iteration that does both takes the
+    larger of the two constants once. By default OPT-13B on one A100-80G, as DistServe published it.
+    """
+
+    prefill: tuple[float, float, float] = (18.10, 0.10191, 7.122e-6)
+    decode: tuple[float, float, float] = (19.93, 6.269e-4, 0.03851)
+    large: tuple[float, float, float] = (7.166, 5.798e-4, 0.15831)
+    threshold: int = 95
+    kv_bytes: int = 819_200
+    kv_tokens: int = 48_828
+    spec: LMSpec = field(default_factory=lambda: MODELS["opt-13b"])
+
+    def weight_bytes(self, work: Work) -> float:
+        return float(self.spec.params * self.spec.bytes)
+
+    def iteration(self, work: Work) -> float:
+        """Seconds of one iteration."""
+        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
+        constant, rest = 0.0, 0.0
+        if len(chunk):
+            a, b, c = self.prefill
+            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk * (2 * context + chunk)).sum())
+        if n := len(work.decode):
+            a, b, c = self.decode if n < self.threshold else self.large
+            constant, rest = max(constant, a), rest + b * work.decode.sum() + c * n
+        return float(constant + rest) / 1e3 / work.share
+
+    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
+        """Seconds of each of k iterations that only decode these requests."""
+        n = len(decode)
+        a, b, c = self.decode if n < self.threshold else self.large
+        return (a + b * (decode.sum() + n * np.arange(k)) + c * n) / 1e3
+
+
+VLLM = Fitted((22.05, 0.14051, 8.077e-6), (23.48, 5.929e-4, 0.06073), (20.21, 4.908e-4, 0.12000))
+"""OPT-13B on one A100-80G under vLLM, as DistServe published it."""
