@@ -318,7 +318,7 @@ def simulate_serving(
     Arguments:
         fast_forward: run iterations that only decode at once, where the scheduler is `steady`; the result is the same.
         until: stop at this time.
-        record: keep what each iteration did.
+        record: keep what each iteration did; they then run one by one.
 
     Raises:
         RuntimeError: if the scheduler decides what cannot be, or leaves requests waiting for ever.
@@ -332,7 +332,7 @@ _COLUMNS = "id arrival prompt done generated first last ttft tds preempted outpu
 class _Simulation:
     def __init__(self, load: Workload, engines: Sequence[Engine], scheduler: Scheduler, fast: bool, record: bool):
         self.load, self.scheduler, self.record = load, scheduler, record
-        self.fast = fast and scheduler.steady
+        self.fast = fast and scheduler.steady and not record
         self.engines = [_Running(engine, i, scheduler.oracle) for i, engine in enumerate(engines)]
         for one in self.engines:
             one.state = scheduler.init()
