@@ -19,7 +19,7 @@ def test_by_hand():
     cost = Fitted((0, 1.0, 0.0), (0, 0.0, 1.0), (0, 0, 0))  # a token of a prompt takes 1 ms, a decode 1 ms
     load = Workload(np.array([0.0, 0.001, 0.002]), np.array([600, 500, 40]), np.array([2, 4, 3]))
     result = simulate_serving(load, [Engine(cost)], LayeredPrefill(), record=True)
-    # The first alone in two halves; the other two, which came meanwhile, together in two halves while the first decodes.
+    # The first alone in two halves; then those that came meanwhile, together, in two halves beside its decode.
     steps = [(decoded, prefilled) for _, _, decoded, prefilled, _ in result.log]
     assert steps[:4] == [([], [0]), ([], [0]), ([0], [1, 2]), ([], [1, 2])]
     np.testing.assert_allclose([start for _, start, *_ in result.log[:4]], [0, 0.3, 0.6, 0.6 + 0.271])
@@ -37,11 +37,6 @@ def test_every_decode_goes_on_in_every_iteration(tokens):
         for i in range(60):
             turns = [n for n, (_, _, decoded, _, _) in enumerate(result.log) if i in decoded]
             assert turns == list(range(turns[0], turns[0] + len(turns))) if turns else load.output[i] == 1
-    seen = {
-        i: sum(c for *_, ids, chunks in result.log for j, c in zip(ids, chunks, strict=True) if i == j) for i in (0, 5)
-    }
-    groups = {i: seen[i] / load.prompt[i] for i in seen}
-    assert all(1 <= value for value in groups.values())
 
 
 def test_a_prompt_of_a_mixture_reads_less():
