@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from anabranch.cli import app
 from tests.run.conftest import payments, write_payments
 
 RUN = CliRunner()
+CLAIMS = Path(__file__).parent.parent / "claims"
 
 
 def call(*args, code=0):
@@ -44,13 +46,19 @@ def test_check():
     assert report["ok"] and len(report["rows"]) == 8
 
 
-@pytest.mark.parametrize("slug", ["payment_routing", "caching_multiplexing", "driftmoe"])
-def test_claims_run_in_smoke_size_and_record_nothing(slug, data, tmp_path):
-    from anabranch.catalog import repository
+# Their smoke runs still take tens of seconds, most of it compiling; run them by hand.
+LONG = {"class_incremental_moe", "division"}
 
-    ledger = repository() / "claims/results"
+
+@pytest.mark.parametrize("slug", sorted({path.stem for path in CLAIMS.glob("*/*.py")} - LONG))
+def test_claims_run_in_smoke_size_and_record_nothing(slug, data):
+    ledger = CLAIMS / "results"
     before = {p: p.read_bytes() for p in ledger.glob("*.json")}
-    record = json.loads(call("claim", slug, "--smoke", "--json").output)
+    result = RUN.invoke(app, ["claim", slug, "--smoke", "--json"])
+    if isinstance(result.exception, ImportError) and "pip install" in str(result.exception):
+        pytest.skip(str(result.exception))  # it needs an extra that is not here
+    assert result.exit_code == 0, (result.output, result.exception)
+    record = json.loads(result.output.splitlines()[-1])
     assert record["slug"] == slug and record["comparisons"] and record["verdict"] in ("holds", "fails", "not shown")
     assert before == {p: p.read_bytes() for p in ledger.glob("*.json")}
 

@@ -1,13 +1,23 @@
 """DIVISION keeps a tenth of the activations and loses neither accuracy nor the direction of the gradient.
 
-A residual network (depth 8, widths 8-16-32) with batch normalisation on the digits of MNIST, padded to 32 x 32: 1,000
-to train, 2,000 to test, 90 steps of Adam on batches of 64. Baselines: exact backpropagation; 2 bits without the means
-of blocks, in groups of 256 pixels as other methods do; the means alone, without the rest. For three minutes on two
-cores the network (depth 14, widths 16-32-64 were planned), the data and the training are smaller, and a plain network
-of six convolutions and checkpointing of blocks are left out; bytes are measured on the full-size network as well.
+Two networks on the digits of MNIST, padded to 32 x 32: a residual one (depth 8, widths 4-8-16) with batch
+normalisation, and a plain one of six convolutions (widths 4 to 16) with max-pooling and a linear layer. 4,000 rows to
+train, 2,000 to test, Adam on batches of 64 for 80 and 120 steps. Baselines: exact backpropagation; 2 bits without the
+means of blocks, in groups of 256 values as other methods do; the means alone, without the rest; blocks that are
+checkpointed, for their bytes and seconds. For three minutes on two cores the networks (depth 14, widths 16-32-64 were
+planned), the data (8,000) and the training (8 passes) are smaller; bytes are counted for the full-size network as well.
 
-Bytes are those that the layers keep for the backward pass. The exact ones are the inputs of convolutions and of
-normalisations in 4 bytes, and a bit a pixel for ReLU, each kept once; the compiler's own count is reported beside them.
+Bytes are those that the layers keep for the backward pass. The exact ones are the inputs of convolutions, of linear
+layers and of normalisations in 4 bytes, and a bit a pixel for ReLU and two for pooling, each kept once. The compiler's
+own count is reported beside them: on these small networks it is mostly what one layer needs while it works.
+
+Cosines are those of single gradients, on five batches a seed, at the weights that exact training ends with. What they
+miss is chance, not error, as the tests of the method show.
+
+The claim fails on its cosines, and for a reason: 86 % of the pixels of these digits, and of their maps after ReLU, are
+exactly 0. Without the means of blocks, 0 is the lowest level and is kept exactly; the means move it between levels, and
+the noise of the map has 8 times the variance. On maps before ReLU and on smooth images the means do lower the noise.
+Accuracies of 4 seeds after so short a training spread too far to show a difference of half a point.
 """
 
 import statistics
@@ -19,14 +29,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from anabranch import data, noise
 from anabranch.claim import Comparison, Size
-from anabranch.fit import Backprop, epochs, fit
-from anabranch.learn.division import Codec, Division, Packed, conv2d_div
-from anabranch.models.resnet import Conv2d, ResNet, cross_entropy
+from anabranch.fit import Backprop, epochs
+from anabranch.learn.division import Codec, Division, Linear, MaxPool2d, Packed, kept_bytes, linear_div
+from anabranch.models.resnet import Conv2d, ReLU, ResNet, cross_entropy
 
 FIRST_SEED = 100  # those below were used while writing
+BATCH = 64
+
+
+class Stage(eqx.Module):
+    """Layers one after the other."""
+
+    layers: tuple[Any, ...]
+
+    def __call__(self, x: Float[Array, "N C H W"]) -> Float[Array, "N c h w"]:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Plain(eqx.Module):
+    """Two convolutions a stage, each stage half the size, and a linear layer on all that is left."""
+
+    blocks: tuple[Stage, ...]
+    head: Linear
+
+    def __init__(self, widths: tuple[int, ...], *, key: PRNGKeyArray):
+        he, blocks, before = jax.nn.initializers.he_normal(in_axis=1, out_axis=0), [], 1
+        for i, width in enumerate(widths):
+            first = Conv2d(he(noise(key, i, "first"), (width, before, 3, 3)))
+            second = Conv2d(he(noise(key, i, "second"), (width, width, 3, 3)))
+            blocks.append(Stage((first, ReLU(), second, ReLU(), MaxPool2d())))
+            before = width
+        self.blocks = tuple(blocks)
+        left = before * (32 >> len(widths)) ** 2
+        self.head = Linear(he(noise(key, 0, "head"), (10, left)), jnp.zeros(10))
+
+    def __call__(self, x: Float[Array, "N 1 32 32"]) -> Float[Array, "N 10"]:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.reshape(len(x), -1))
+
+
+class Checkpointed(eqx.Module):
+    """A block that keeps its input only and is computed again on the way back."""
+
+    block: Any
+
+    def __call__(self, x: Float[Array, "N C H W"]) -> Float[Array, "N c h w"]:
+        return eqx.filter_checkpoint(self.block)(x)
+
+
+def checkpointed(net: Any) -> Any:
+    """The network, with its blocks checkpointed."""
+    return eqx.tree_at(lambda net: net.blocks, net, tuple(Checkpointed(block) for block in net.blocks))
 
 
 class Everything(Codec):
@@ -77,9 +137,25 @@ def digits(seed: int, train: int, test: int) -> tuple[Any, Any]:
     return (images[mine], labels[mine]), (images[others], labels[others])
 
 
-@eqx.filter_jit
-def gradient(backprop, model, batch, key):
-    return backprop.value_and_grad(model, batch, key)[1]
+def update(backprop: Backprop, model: Any, opt: Any, batch: Any, key: PRNGKeyArray) -> tuple[Any, Any, Any]:
+    """A step of training, and the gradient it took."""
+    _, grads = backprop.value_and_grad(model, batch, key)
+    updates, opt = ADAM.update(grads, opt)
+    return eqx.apply_updates(model, updates), opt, grads
+
+
+def compiled(backprop: Backprop, model: Any) -> tuple[Any, float]:
+    """`update` for a method and a network, as a function of all else, and its temporary memory in MiB."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def step(arrays, opt, batch, key):
+        model, opt, grads = update(backprop, eqx.combine(arrays, static), opt, batch, key)
+        return eqx.filter(model, eqx.is_array), opt, grads
+
+    batch = jnp.zeros((BATCH, 1, 32, 32)), jnp.zeros(BATCH, jnp.int32)
+    program = jax.jit(step).lower(arrays, ADAM.init(arrays), batch, jax.random.PRNGKey(0)).compile()
+    analysis: Any = program.memory_analysis()
+    return program, analysis.temp_size_in_bytes / 2**20
 
 
 @eqx.filter_jit
@@ -103,76 +179,98 @@ def deviation(draws: int, key: Any) -> float:
     exact = jax.grad(lambda layer: (layer(x) * target).sum())(layer).weight
 
     def drawn(key):
-        return jax.grad(lambda layer: (jnp.asarray(conv2d_div(Codec(), layer, x, key)) * target).sum())(layer).weight
+        return jax.grad(lambda layer: (jnp.asarray(linear_div(Codec(), layer, x, key)) * target).sum())(layer).weight
 
     errors = jax.lax.map(lambda key: jnp.vdot(drawn(key) - exact, exact), jax.random.split(key, draws))
     return float(abs(errors.mean()) / (errors.std() / draws**0.5))
 
 
-def times(model: Any, batch: Any, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of a gradient, ours and exact, in turn."""
-    found: dict[str, list[float]] = {"division": [], "exact": []}
-    key = jax.random.PRNGKey(0)
-    for repeat in range(repeats + 1):
-        for name, seconds in found.items():
+def measure(name: str, make: Any, steps: int, size: Size) -> list[Comparison]:
+    """Accuracy in per cent, cosines to the exact gradient, and seconds of an update, of one network."""
+    net = make(jax.random.PRNGKey(0))
+    ways = {way: (*compiled(backprop, net), net) for way, backprop in METHODS.items()}
+    ways["checkpoint"] = (*compiled(METHODS["exact"], checkpointed(net)), checkpointed(net))
+    rates: dict[str, list[float]] = {way: [] for way in ("division", "exact")}
+    cosines: dict[str, list[float]] = {way: [] for way in ("division", "groups", "means")}
+    rows = (200, 400) if size.smoke else (4000, 2000)
+    arrays = opt = None
+    for seed in size.seeds(4):
+        key = jax.random.PRNGKey(FIRST_SEED + seed)
+        learned, tested = digits(FIRST_SEED + seed, *rows)
+        batch, fresh = jax.jit(epochs(learned, BATCH, noise(key, 0, "rows"))), make(key)
+        for way, found in rates.items():
+            arrays = eqx.filter(fresh, eqx.is_array)
+            opt = ADAM.init(arrays)
+            for i in range(steps):
+                arrays, opt, _ = ways[way][0](arrays, opt, batch(key, i), noise(key, i, "train"))
+            found.append(float(accuracy(eqx.combine(arrays, fresh), *tested)))
+        for way, found in cosines.items():  # `arrays` are those of exact training
+            values = []
+            for i in range(steps, steps + (1 if size.smoke else 5)):
+                exact, mine = (ways[w][0](arrays, opt, batch(key, i), noise(key, i))[2] for w in ("exact", way))
+                values.append(cosine(mine, exact))
+            found.append(statistics.fmean(values))
+
+    seconds: dict[str, list[float]] = {way: [] for way in ("division", "exact", "checkpoint")}
+    some = jnp.zeros((BATCH, 1, 32, 32)), jnp.zeros(BATCH, jnp.int32)
+    for _ in range(2 if size.smoke else 10):
+        for way, found in seconds.items():
+            program, _, model = ways[way]
+            arrays = eqx.filter(model, eqx.is_array)
             start = time.perf_counter()
-            jax.block_until_ready(gradient(METHODS[name], model, batch, key))
-            if repeat:  # the first compiles
-                seconds.append(time.perf_counter() - start)
-    return found["division"], found["exact"]
+            jax.block_until_ready(program(arrays, ADAM.init(arrays), some, jax.random.PRNGKey(0)))
+            found.append(time.perf_counter() - start)
+
+    nearest = [max(pair) for pair in zip(cosines["groups"], cosines["means"], strict=True)]
+    means = ", ".join(f"{way} {statistics.fmean(values):.3f}" for way, values in cosines.items())
+    memory = ", ".join(f"{way} {way_memory:.1f}" for way, (_, way_memory, _) in ways.items())
+    slower = statistics.median(seconds["checkpoint"]) / statistics.median(seconds["exact"])
+    zeros = [0.0] * len(nearest)
+    return [
+        Comparison(f"{name}: accuracy above exact, points", rates["division"], rates["exact"], -0.5, paper="no loss"),
+        Comparison(f"{name}: accuracy below exact, points", rates["exact"], rates["division"], -0.5),
+        Comparison(f"{name}: cosine to the exact gradient", cosines["division"], zeros, 0.95, note=means),
+        Comparison(f"{name}: cosine above the better of groups and means", cosines["division"], nearest, 0.0),
+        Comparison(
+            f"{name}: seconds of an update",
+            seconds["division"],
+            seconds["exact"],
+            2.5,
+            "ratio",
+            "lower",
+            "competitive throughput",
+            f"checkpointed blocks {slower:.2f} times exact; compiled temporary memory, {BATCH} images, MiB: {memory}",
+        ),
+    ]
+
+
+def kept(nets: list[Any]) -> Comparison:
+    """Bytes of activations an image."""
+    some = jnp.zeros((BATCH, 1, 32, 32)), jnp.zeros(BATCH, jnp.int32)
+    ours, exact = Division(cross_entropy), Division(cross_entropy, Everything())
+    blocks = [round(kept_bytes(cross_entropy, checkpointed(net), some) / BATCH) for net in nets]
+    return Comparison(
+        "activation bytes an image (the two networks, full-size)",
+        [ours.activation_bytes(net, some) / BATCH for net in nets],
+        [exact.activation_bytes(net, some) / BATCH for net in nets],
+        0.12,
+        "ratio",
+        "lower",
+        "over 10 times fewer bytes for activations",
+        f"checkpointed blocks keep {', '.join(map(str, blocks))}",
+    )
 
 
 def experiment(size: Size) -> list[Comparison]:
-    """Accuracy in per cent, cosines to the exact gradient, bytes, seconds."""
-    depth, widths, rows, steps, batches = (4, (4,), 200, 2, 1) if size.smoke else (8, (8, 16, 32), 1000, 90, 5)
-    rates: dict[str, list[float]] = {name: [] for name in METHODS}
-    cosines: dict[str, list[float]] = {name: [] for name in METHODS if name != "exact"}
-    for seed in size.seeds(4):
-        key = jax.random.PRNGKey(FIRST_SEED + seed)
-        learned, tested = digits(FIRST_SEED + seed, rows, 2 * rows)
-        fresh, batch = ResNet(depth, widths, key=key), epochs(learned, 64, noise(key, 0, "rows"))
-        models = {
-            name: fit(backprop, fresh, batch, ADAM, steps, key=key, check=steps)[0]
-            for name, backprop in METHODS.items()
-        }
-        for name, model in models.items():
-            rates[name].append(float(accuracy(model, *tested)))
-        for name, found in cosines.items():
-            values = []
-            for i in range(batches):
-                some = batch(key, jnp.int32(steps + i))
-                exact = gradient(METHODS["exact"], models["exact"], some, key)
-                values.append(cosine(gradient(METHODS[name], models["exact"], some, noise(key, i)), exact))
-            found.append(statistics.fmean(values))
-
-    net, some = ResNet(depth, widths, key=jax.random.PRNGKey(0)), (jnp.zeros((64, 1, 32, 32)), jnp.zeros(64, jnp.int32))
-    full = net if size.smoke else ResNet(key=jax.random.PRNGKey(0))
-    ours, everything = Division(cross_entropy), Division(cross_entropy, Everything())
-    kept = [ours.activation_bytes(model, some) / 64 for model in (net, full)]
-    whole = [everything.activation_bytes(model, some) / 64 for model in (net, full)]
-    compiled = {name: METHODS[name].memory(net, some) / 2**20 for name in ("division", "exact")}
-    means = ", ".join(f"{name} {statistics.fmean(values):.2f}" for name, values in rates.items())
-    ratio = "10 times fewer bytes for activations on ImageNet"
-    memory = ", ".join(f"{name} {value:.1f}" for name, value in compiled.items())
-    seconds = times(net, some, 2 if size.smoke else 8)
-    nearest = [max(pair) for pair in zip(cosines["groups"], cosines["means"], strict=True)]
-    return [
-        Comparison(
-            "activation bytes an image (small, full-size)",
-            kept,
-            whole,
-            0.12,
-            "ratio",
-            "lower",
-            ratio,
-            f"compiled temporary memory, 64 images, MiB: {memory}",
-        ),
-        Comparison(
-            "accuracy above exact, points", rates["division"], rates["exact"], -0.5, paper="no loss", note=means
-        ),
-        Comparison("accuracy below exact, points", rates["exact"], rates["division"], -0.5),
-        Comparison("cosine to the exact gradient", cosines["division"], [0.0] * len(nearest), 0.95),
-        Comparison("cosine above the better of groups and means", cosines["division"], nearest, 0.0),
-        Comparison("bias, standard errors", [deviation(500, jax.random.PRNGKey(1))], [0.0], 3.0, better="lower"),
-        Comparison("seconds of a gradient", *seconds, 2.5, "ratio", "lower", "competitive throughput"),
-    ]
+    """Two networks, their bytes, and the bias of one convolution."""
+    nets: dict[str, tuple[Any, int]] = {"plain": (lambda key: Plain((4, 8, 16), key=key), 120)}
+    if size.smoke:
+        nets = {"plain": (lambda key: Plain((2,), key=key), 2)}
+    else:
+        nets["residual"] = lambda key: ResNet(8, (4, 8, 16), key=key), 80
+    made = [make(jax.random.PRNGKey(0)) for make, _ in nets.values()]
+    found = [kept(made if size.smoke else [*made, ResNet(key=jax.random.PRNGKey(0))])]
+    for name, (make, steps) in nets.items():
+        found += measure(name, make, steps, size)
+    bias = deviation(50 if size.smoke else 500, jax.random.PRNGKey(1))
+    return [*found, Comparison("bias, standard errors", [bias], [0.0], 3.0, better="lower")]

@@ -108,7 +108,9 @@ def measure(name: str, seeds, smoke: bool) -> tuple[dict[str, list[float]], str]
     T, K, d = 200 if smoke else ROWS[name], int(y.max()) + 1, x.shape[1]
     budget = round(BUDGET[name] * T)
     pair = Pair(d, K, budget, steps=STEPS[name])
-    kinds = {"ours": NeurOnalS, "random": AtRandom, "f1 alone": WithoutExploration}
+    kinds = {"ours": NeurOnalS, "random": AtRandom}
+    if not smoke:
+        kinds["f1 alone"] = WithoutExploration
 
     def one(job: tuple[str, int]) -> tuple[float, np.ndarray]:
         kind, seed = job

@@ -6,14 +6,20 @@ same with logits in chunks, which separates the two effects. The checkpointed la
 as the paper's do with FlashAttention: in a first run they did not, and needed 26 times our memory for that alone.
 
 Memory is what the compiled gradient needs beyond its arguments and results; the longest text is searched by compiling
-only. Two models of 4 layers, width 256, learn Shakespeare's characters for 200 steps, one by either gradient, and a
-third by checkpointing, to see what rounding alone does. To save time, these texts are of 128 characters, the longest
-text is searched in steps of a power of two, and resident memory is not measured.
+only, in powers of two. Beside it stands by how much the process grew, resident, in one gradient of 2,048 tokens
+(`--full`: 8,192), each method in a process of its own; that includes the gradient. Two models of 4 layers, width 256,
+learn Shakespeare's characters for 200 steps, one by either gradient, and a third by checkpointing, to see what rounding
+alone does, in texts of 128 characters, two at a time (`--full`: one of 512, and one of 2,048; 200 steps of 8,192 would
+take an hour).
 """
 
 import dataclasses
+import subprocess
+import sys
+import threading
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import equinox as eqx
@@ -21,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import psutil
 
 from anabranch import data
 from anabranch.claim import Comparison, Size
@@ -66,9 +73,15 @@ METHODS: dict[str, Backprop] = {
 }
 
 
-@eqx.filter_jit
-def gradient(backprop, model, batch):
-    return backprop.value_and_grad(model, batch, jax.random.PRNGKey(0))
+def ahead(name: str, model: Llama, length: int) -> tuple[Callable[[Any], Any], int]:
+    """The loss and gradient of one text, compiled before they are first taken, and the bytes they need meanwhile."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def gradient(arrays, batch):
+        return METHODS[name].value_and_grad(eqx.combine(arrays, static), batch, jax.random.PRNGKey(0))
+
+    compiled: Any = jax.jit(gradient).lower(arrays, text(0, length, model.config.vocab)).compile()
+    return partial(compiled, arrays), compiled.memory_analysis().temp_size_in_bytes
 
 
 def network(layers: int) -> tuple[Llama, str]:
@@ -89,17 +102,45 @@ def text(seed: int, length: int, vocab: int) -> tuple[Any, Any]:
     return tokens, next_tokens(tokens)
 
 
-def memory(name: str, model: Llama, length: int) -> int:
-    shape = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return METHODS[name].memory(model, (shape, shape))
-
-
-def longest(name: str, model: Llama, start: int, stop: int) -> int:
-    """The largest power of two whose gradient fits into the budget, up to `stop`."""
+def longest(fits: Callable[[int], bool], start: int, stop: int) -> int:
+    """The largest `start` times a power of two, up to `stop`, that fits."""
     length = start
-    while 2 * length <= stop and memory(name, model, 2 * length) <= BUDGET:
+    while not fits(length):
+        length //= 2
+    while length >= start and 2 * length <= stop and fits(2 * length):
         length *= 2
     return length
+
+
+def growth(name: str, length: int) -> int:
+    """Bytes by which this process grows, resident, in one gradient of random weights: what `resident` runs."""
+    model, process = Llama(Config(layers=6), key=jax.random.PRNGKey(0)), psutil.Process()
+    batch = text(FIRST_SEED, length, model.config.vocab)
+    gradient, _ = ahead(name, model, length)
+    jax.block_until_ready((model, batch))
+    before, sizes, done = process.memory_info().rss, [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            sizes.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    jax.block_until_ready(gradient(batch))
+    done.set()
+    watcher.join()
+    return max(sizes) - before
+
+
+def resident(length: int) -> str:
+    """A line to report: what both methods grow by, each in a process of its own."""
+    names = ("streambp", "checkpoint")
+    runs = [
+        subprocess.Popen([sys.executable, __file__, name, str(length)], stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    sizes = [int(run.communicate()[0]) / 2**20 for run in runs]
+    return f"resident growth at {length} tokens, MiB: " + ", ".join(f"{n} {m:.0f}" for n, m in zip(names, sizes))
 
 
 def error(found: Any, exact: Any) -> float:
@@ -108,61 +149,69 @@ def error(found: Any, exact: Any) -> float:
     return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
 
 
-def curves(seed: int, steps: int, length: int) -> tuple[float, float]:
-    """The largest difference between the losses of training by the plain gradient and by ours, and by checkpointing."""
+def curves(seed: int, steps: int, length: int, names: tuple[str, ...]) -> list[float]:
+    """How far the losses of training by each method are at most from those by the plain gradient."""
     path = data.root() / "text" / "tinyshakespeare.txt"
     characters, tokens = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     rows = tokens[: len(tokens) // length * length].reshape(-1, length).astype(np.int32)
-    batches = epochs((rows, np.asarray(next_tokens(jnp.asarray(rows)))), 2, jax.random.PRNGKey(seed))
+    batches = epochs(
+        (rows, np.asarray(next_tokens(jnp.asarray(rows)))), max(1, 256 // length), jax.random.PRNGKey(seed)
+    )
     config = Config(vocab=len(characters), width=256, layers=4, heads=4, kv_heads=2, hidden=512)
-    losses = [
-        fit(
-            backprop,
-            Llama(config, key=jax.random.PRNGKey(seed)),
-            batches,
-            optax.adam(1e-3),
-            steps,
-            key=jax.random.PRNGKey(seed),
-        )[1]["loss"]
-        for backprop in (METHODS["plain"], StreamBP(chunk=32, logits_chunk=64), METHODS["checkpoint, chunked logits"])
-    ]
-    ours, rounding = (float(np.abs(other - losses[0]).max()) for other in losses[1:])
-    return ours, rounding
+    methods = METHODS | {"streambp": StreamBP(chunk=length // 4, logits_chunk=length // 2)}
+    key, losses = jax.random.PRNGKey(seed), {}
+    model = Llama(config, key=key)
+    for name in ("plain", *names):
+        _, history = fit(methods[name], model, batches, optax.adam(1e-3), steps, key=key)
+        losses[name] = history["loss"]
+    return [float(np.abs(losses[name] - losses["plain"]).max()) for name in names]
 
 
 def experiment(size: Size) -> list[Comparison]:
     """Relative errors, bytes, tokens, seconds, nats."""
     if size.smoke:
         model, weights = Llama(Config(64, 16, 2, 2, 1, 32), key=jax.random.PRNGKey(0)), "a tiny model"
-        short, middle, long, most = 32, 32, 64, 64
+        short = middle = long = most = 32
     else:
         model, weights = network(6)
         short, middle, long, most = 512, 2048, 8192, 32_768
     vocab, seeds = model.config.vocab, [FIRST_SEED + seed for seed in size.seeds(3)]
 
+    compiled = cache(lambda name, length: ahead(name, model, length))
     errors = []
     for seed in seeds:
         batch = text(seed, short, vocab)
-        errors.append(
-            error(gradient(METHODS["streambp"], model, batch)[1], gradient(METHODS["plain"], model, batch)[1])
-        )
+        found, exact = (compiled(name, short)[0](batch)[1] for name in ("streambp", "plain"))
+        errors.append(error(found, exact))
 
     seconds: dict[str, list[float]] = {"streambp": [], "checkpoint": []}
-    for repeat, seed in enumerate([0, *seeds]):
+    for name in seconds:
+        compiled(name, middle)
+    for seed in seeds:
         batch = text(seed, middle, vocab)
         for name, found in seconds.items():
             start = time.perf_counter()
-            jax.block_until_ready(gradient(METHODS[name], model, batch))
-            if repeat:  # the first compiles
-                found.append(time.perf_counter() - start)
+            jax.block_until_ready(compiled(name, middle)[0](batch))
+            found.append(time.perf_counter() - start)
 
-    needs = {name: memory(name, model, long) for name in METHODS}
-    lengths = {name: longest(name, model, short, most) for name in seconds}
+    needs = {name: compiled(name, long)[1] for name in (seconds if size.smoke else METHODS)}
+    lengths = {name: longest(lambda n, name=name: compiled(name, n)[1] <= BUDGET, long, most) for name in seconds}
     note = weights + "; MiB: " + ", ".join(f"{name} {bytes / 2**20:.0f}" for name, bytes in needs.items())
-    exact = [0.0] * len(seeds)
-    apart, rounding = curves(FIRST_SEED, 3 if size.smoke else 200, 64 if size.smoke else 128)
+    if not size.smoke:
+        note += "; " + resident(long if size.full else middle)
+    apart, rounding = [], "checkpoint, chunked logits"
+    for length in (64,) if size.smoke else (512, 2048) if size.full else (128,):
+        names = ("streambp",) if size.smoke else ("streambp", rounding)
+        apart.append(curves(FIRST_SEED, 2 if size.smoke else 200, length, names))
     return [
-        Comparison("relative error of the gradient, worst weight", errors, exact, 1e-4, better="lower", paper="exact"),
+        Comparison(
+            "relative error of the gradient, worst weight",
+            errors,
+            [0.0] * len(seeds),
+            1e-4,
+            better="lower",
+            paper="exact",
+        ),
         Comparison(
             f"bytes at {long} tokens", [needs["streambp"]], [needs["checkpoint"]], 0.5, "ratio", "lower", note=note
         ),
@@ -186,10 +235,14 @@ def experiment(size: Size) -> list[Comparison]:
         ),
         Comparison(
             "difference of loss curves",
-            [apart],
-            [0.0],
+            [found[0] for found in apart],
+            [0.0] * len(apart),
             1e-3,
             better="lower",
-            note=f"checkpointing, which is as exact, ends up {rounding:.3g} from plain: Adam makes much of rounding",
+            note=f"{rounding}, which is as exact, end up {apart[0][-1]:.3g} from plain: Adam makes much of rounding",
         ),
     ]
+
+
+if __name__ == "__main__":
+    print(growth(sys.argv[1], int(sys.argv[2])))

@@ -143,7 +143,7 @@ def test_bad_arguments(arguments, words):
 def test_parity_with_the_same_training_in_pytorch(stream):
     """Full batches, whose order does not matter: Adadelta, early stopping and the best weights are as in PyTorch."""
     torch = pytest.importorskip("torch")
-    x, y = (torch.tensor(a[0]) for a in stream)
+    x, y = (torch.tensor(a[2]) for a in stream)  # a chunk that is learned slowly
     ours, theirs = network(), torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.ReLU(), torch.nn.Linear(8, C))
     with torch.no_grad():
         for layer, linear in zip(ours.layers, (theirs[0], theirs[2])):
@@ -162,9 +162,9 @@ def test_parity_with_the_same_training_in_pytorch(stream):
             misses += 1
     theirs.load_state_dict(best)
     cell = AnytimeLearner(ours, ROWS, D, C, epochs=50, patience=6, batch=36)
-    state = states(cell, stream[0][:1], stream[1][:1])[-1]
+    state = states(cell, stream[0][2:3], stream[1][2:3])[-1]
     assert 8 < int(state.epochs) == epochs < 50
-    np.testing.assert_allclose(cell.predict(state, stream[0][0]), theirs(x).detach().numpy(), atol=1e-3)
+    np.testing.assert_allclose(cell.predict(state, stream[0][2]), theirs(x).detach().numpy(), atol=1e-3)
 
 
 def test_fine_tuning_is_as_accurate_as_with_scikit_learn():
@@ -174,9 +174,12 @@ def test_fine_tuning_is_as_accurate_as_with_scikit_learn():
     x, y = (x[order] / 16).astype(np.float32), y[order].astype(np.int32)
     (x, test), (y, wanted) = np.split(x, [1200]), np.split(y, [1200])
     model = eqx.nn.MLP(64, 10, 32, 1, key=jax.random.PRNGKey(0))
-    cell = AnytimeLearner(model, 400, 64, 10, epochs=40, patience=40, batch=40, optimizer=optax.adam(1e-3))
+    # The peer stops and keeps weights by other rules: with `least` below -1 every pass is a gain.
+    cell = AnytimeLearner(model, 400, 64, 10, epochs=40, batch=40, least=-2.0, optimizer=optax.adam(5e-3))
     report = anytime_report(cell, (x.reshape(3, 400, 64), y.reshape(3, 400)), (test, wanted), jax.random.PRNGKey(0))
-    peer = networks.MLPClassifier((32,), alpha=0.0, batch_size=40, max_iter=40, warm_start=True, random_state=0)
+    peer = networks.MLPClassifier(
+        (32,), alpha=0.0, batch_size=40, learning_rate_init=5e-3, max_iter=40, warm_start=True, random_state=0
+    )
     errors = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has not converged, and need not have

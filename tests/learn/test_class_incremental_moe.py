@@ -84,6 +84,29 @@ def test_only_the_true_class_of_the_chosen_moves_and_by_its_sign(cell):
     assert (np.asarray(after.weight)[still] == w[still]).all()
 
 
+def test_one_step_is_that_of_torch(cell):
+    torch = pytest.importorskip("torch")
+    xs = np.random.default_rng(4).normal(size=(6, 5)).astype(np.float32)
+    state = cell.init(key=jax.random.PRNGKey(0))
+    for i, x in enumerate(xs):
+        share, cosine = (torch.tensor(np.array(a)) for a in cell.gate(state.keys, x))
+        weight = torch.tensor(np.array(state.weight), requires_grad=True)
+        bias = torch.tensor(np.array(state.bias), requires_grad=True)
+        outputs = torch.tanh((weight @ torch.tensor(x) + bias) / LIMIT) * LIMIT
+        similar = cosine * share
+        ensemble = (outputs * share[:, None] * similar[:, None]).sum(0) / similar.sum()
+        np.testing.assert_allclose(cell.predict(state, x), ensemble.detach(), atol=1e-5)
+        (-ensemble[i % 3]).backward()
+        expected = []
+        for p in (weight, bias):
+            assert p.grad is not None
+            update = 0.01 * (-p.grad.sign() - 1e-4 * p.detach())  # the official code adds the decay
+            expected.append(torch.where(p.grad == 0, p, p + update).detach())
+        state = eqx.filter_jit(type(cell).learn)(cell, state, x, i % 3)
+        np.testing.assert_allclose(state.weight, expected[0], atol=1e-7)
+        np.testing.assert_allclose(state.bias, expected[1], atol=1e-7)
+
+
 @pytest.mark.parametrize(("x", "y"), [(np.full(5, np.nan), 0), (np.ones(5), 3), (np.ones(5), -1)])
 def test_bad_events_are_counted_and_not_learned(cell, x, y):
     before, after = learned(cell, x.astype(np.float32), y)

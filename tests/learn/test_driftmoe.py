@@ -224,3 +224,19 @@ def test_contract(stream):
     weight = np.random.default_rng(0).uniform(1.1, 1.9, 72).astype(np.float32)  # unequal: where votes tie, scores jump
     report = check(cell, events(x[:72], y[:72], weight), key=jax.random.PRNGKey(0))
     assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("mode", ["data", "task"])
+def test_a_block_is_the_same_as_its_events(stream, mode):
+    x, y = stream
+    cell = DriftMoE(D, C, E=4, top_k=2, mode=mode, batch=16)
+    known = np.random.default_rng(0).random(T) < 0.7  # so the router's updates come at uneven intervals
+    all_events = events(x, y)._replace(target=Maybe(jnp.asarray(y, jnp.int32), jnp.asarray(known)))
+    start = cell.init(key=jax.random.PRNGKey(0))
+    one_by_one = jax.jit(lambda s, e: jax.lax.scan(cell.step, s, e))(start, all_events)
+    parts, state = [], start
+    for first, last in ((0, 5), (5, 200), (200, T)):
+        state, scores = jax.jit(cell.advance)(state, jax.tree.map(lambda a: a[first:last], all_events))
+        parts.append(scores)
+    assert state.buffered == known.sum() % cell.batch
+    jax.tree.map(np.testing.assert_array_equal, (state, jnp.concatenate(parts)), one_by_one)

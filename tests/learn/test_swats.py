@@ -8,7 +8,10 @@ import optax
 import pytest
 
 from anabranch import contract
-from anabranch.learn.swats import example, swats
+from anabranch.cell import Event, Maybe
+from anabranch.learn.base import Sgd
+from anabranch.learn.detect import DDM
+from anabranch.learn.swats import Rearmed, example, rearm, swats
 
 
 def run(optimizer, grads, w):
@@ -152,7 +155,50 @@ def test_each_of_a_batch_switches_at_its_own_time():
     assert together.switched_at.tolist() == alone and len(set(alone)) > 1
 
 
-@pytest.mark.parametrize("wrong", [{"learning_rate": 0.0}, {"b1": 1.0}, {"b2": 1.0}, {"warmup": 0}, {"rtol": -1.0}])
+def test_each_tensor_switches_by_itself():
+    grads = {"a": jnp.asarray(drifting(300, 10, 0)), "b": jnp.asarray(drifting(300, 6, 1)).reshape(-1, 2, 3)}
+    w = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), grads)
+    ws, state = run(swats(warmup=20, rtol=1e-2, scope="tensor"), grads, w)
+    at = []
+    for name in grads:
+        alone, last = run(swats(warmup=20, rtol=1e-2), grads[name], w[name])
+        np.testing.assert_allclose(ws[name], alone, atol=1e-6)
+        at.append(int(last.switched_at))
+    assert [int(state[name].switched_at) for name in grads] == at and at[0] != at[1] and min(at) > 20
+
+
+def test_rearmed_it_begins_anew():
+    grads, w = jnp.asarray(drifting(300, 10)), jnp.zeros(10)
+    optimizer: Any = swats(warmup=20, rtol=1e-2)
+    _, state = run(optimizer, grads, w)
+    assert int(state.switched_at) > 0
+    jax.tree.map(np.testing.assert_array_equal, rearm(state), optimizer.init(w))
+
+
+def test_a_drift_rearms():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 2)).astype(np.float32)
+    y = ((x[:, 0] > 0) ^ (np.arange(600) >= 300)).astype(np.int32)
+    learner = Sgd(eqx.nn.Linear(2, 2, key=jax.random.PRNGKey(0)), swats(1e-2, warmup=4, rtol=0.5))
+    cell, events = Rearmed(learner, DDM()), Event(x, Maybe(y, np.ones(600, bool)), np.ones(600, np.float32))
+
+    @jax.jit
+    def steps(events):
+        def step(state, event):
+            state, _ = cell.step(state, event)
+            return state, (state[0].optimizer.steps, state[0].optimizer.switched_at)
+
+        return jax.lax.scan(step, cell.init(), events)[1]
+
+    count, switched = map(np.asarray, steps(events))
+    again = np.flatnonzero(count == 0)
+    assert switched[299] > 0 and len(again) > 0 and (again > 300).all()
+    assert switched[again[0]] == 0 and count[again[0] + 1] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": 0.0}, {"b1": 1.0}, {"b2": 1.0}, {"warmup": 0}, {"rtol": -1.0}, {"scope": "layer"}]
+)
 def test_bad_arguments(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         swats(**wrong)

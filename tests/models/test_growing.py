@@ -19,11 +19,11 @@ def test_a_share_is_the_product_along_the_path():
     layer = MixtureLayer(D, 2, 4, key=KEY)
     layer = layer.split(jnp.array([0.1, 0.9, 0.0, 0.0])).split(jnp.array([0.9, 0.1, 0.0, 0.0]))
     x = jnp.arange(1.0, 1.0 + D)
-    stay, go = np.asarray(jax.nn.softmax(layer.gates.weight @ x + layer.gates.bias)).T
+    stay, go = np.asarray(jax.nn.softmax(jax.vmap(lambda gate: gate(x))(layer.gates))).T
     by_hand = [stay[0] * stay[2], go[0] * stay[1], go[0] * go[1], stay[0] * go[2]]
     np.testing.assert_allclose(layer.shares(x), by_hand, atol=1e-6)
-    experts = np.maximum(layer.experts.weight @ x + layer.experts.bias, 0)
-    np.testing.assert_allclose(layer(x), by_hand @ experts, rtol=1e-5)
+    experts = jax.nn.relu(jax.vmap(lambda expert: expert(x))(layer.experts))
+    np.testing.assert_allclose(layer(x), np.asarray(by_hand) @ experts, rtol=1e-5)
 
 
 def test_the_most_used_expert_is_split_and_rows_that_are_not_there_do_not_count(rows):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from anabranch import Cell, noise
 from anabranch.cell import Learner
+from anabranch.combine import Delay
 from anabranch.run.keyed import Keyed, Spill
 
 D = 3
@@ -261,3 +262,8 @@ class Loops(Cell):
 @pytest.mark.parametrize("form", ["loop", "waves"])
 def test_padding_steps_a_state_like_any_other(form):
     assert Keyed(Loops(), 10, form=form)(["a", "b", "a"], np.zeros(3, np.float32)).tolist() == [100] * 3
+
+
+def test_a_cell_may_hold_the_description_of_an_array():
+    last = Keyed(Delay(1, like=jax.ShapeDtypeStruct((2,), jnp.float32)), capacity=10)
+    assert last(["a", "a"], np.array([[1, 2], [3, 4]], np.float32)).tolist() == [[0, 0], [1, 2]]

@@ -206,12 +206,12 @@ def _trained(model: Any) -> Any:
 
 
 class AnytimeReport(NamedTuple):
-    """What was paid for, summed over all chunks, and what was got."""
+    """What was got, and what was paid for it, on a stream of B chunks."""
 
     errors: Float[np.ndarray, " B"]
     """Error rate on the whole test set of the model that serves after each chunk has come."""
-    memory: float
-    """Parameters, summed over chunks."""
+    parameters: Float[np.ndarray, " B"]
+    """Of that model."""
     compute: float
     """Floating-point operations of training."""
     refused: int
@@ -222,6 +222,11 @@ class AnytimeReport(NamedTuple):
         """The cumulative error rate, per chunk: what waits answers badly meanwhile, and that counts."""
         return float(self.errors.mean())
 
+    @property
+    def memory(self) -> float:
+        """Parameters, summed over chunks."""
+        return float(self.parameters.sum())
+
 
 def anytime_report(
     cell: AnytimeLearner,
@@ -231,7 +236,7 @@ def anytime_report(
 ) -> AnytimeReport:
     """Train on B chunks one after the other, and ask the whole test set after each."""
     state, (errors, sizes) = _run(cell, jax.tree.map(jnp.asarray, chunks), jax.tree.map(jnp.asarray, test), key)
-    return AnytimeReport(np.asarray(errors), float(sizes.sum()), float(state.flops), int(state.refused))
+    return AnytimeReport(np.asarray(errors), np.asarray(sizes), float(state.flops), int(state.refused))
 
 
 @eqx.filter_jit

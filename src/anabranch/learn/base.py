@@ -49,9 +49,11 @@ def label(prediction: Shaped[Array, "..."]) -> Int[Array, "..."]:
 
 
 def cross_entropy(model: Any, batch: tuple[Any, Int[Array, " n"]], key: Any = None) -> Float[Array, ""]:
-    """Mean loss, in nats, of a model that gives the scores of all classes for one x."""
+    """Mean loss, in nats, of a model that gives the scores of all classes for one x; NaN if a label is none of them."""
     x, y = batch
-    return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(model)(x), y).mean()
+    scores = jax.vmap(model)(x)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, y)
+    return jnp.where((0 <= y) & (y < scores.shape[-1]), losses, jnp.nan).mean()
 
 
 class SgdState(NamedTuple):

@@ -1,4 +1,14 @@
-"""DE&E: Domain-Agnostic Neural Architecture for Class Incremental Continual Learning. arXiv 2307.05399, 2023."""
+"""Wójcik et al.: Domain-Agnostic Neural Architecture for Class Incremental Continual Learning. ACL 2023, 2307.05399.
+
+Classes come one after the other, and no example is kept. Many small linear experts share the work by place: the few
+whose keys are nearest to an input vote and learn, and what one class moves is one row of those experts, so that old
+classes are forgotten only as far as their inputs and the new ones meet in the same experts. The choice is soft, hence
+the keys can learn as well.
+
+    >>> cell = DEE(4, 3, N=8, k=2)
+    >>> cell.predict(cell.init(key=jax.random.PRNGKey(0)), jnp.ones(4)).shape
+    (3,)
+"""
 
 from typing import Any, NamedTuple
 
@@ -75,7 +85,7 @@ class DEEState(NamedTuple):
     seen: Int[Array, " C"]
     """Examples learned of each class."""
     saturated: Int[Array, ""]
-    """Learned events at which a score of an expert that voted had passed 0.99 τ, where it learns hardly any more."""
+    """Learned events at which an expert that voted scored the true class beyond 0.99 τ, where tanh is flat."""
     rejected: Int[Array, ""]
     """Labelled events left out: an unknown class or an x that is not finite."""
 
@@ -153,8 +163,10 @@ class DEE(Learner):
         """The scores that each expert gives."""
         return LIMIT * jnp.tanh((state.weight @ x + state.bias) / LIMIT)
 
-    def vote(self, share: Float[Array, " N"], cosine: Float[Array, " N"], scores: Float[Array, "N C"]) -> Array:
-        """The scores of all."""
+    def vote(
+        self, share: Float[Array, " N"], cosine: Float[Array, " N"], scores: Float[Array, "N *C"]
+    ) -> Float[Array, "*C"]:
+        """What the experts say together."""
         total = share @ cosine
         total = jnp.where(jnp.abs(total) < 1e-6, jnp.where(total < 0, -1e-6, 1e-6), total)
         return (share * cosine * share) @ scores / total
@@ -168,38 +180,43 @@ class DEE(Learner):
         good = jnp.isfinite(x).all() & (0 <= y) & (y < self.C)
         clean, label = jnp.where(jnp.isfinite(x), x, 0.0), jnp.clip(y, 0, self.C - 1)
 
-        def loss(learned):
+        # The loss knows the scores of the true class alone: the other rows of the experts are not touched.
+        rows = _Learned(state.weight[:, label], state.bias[:, label], state.keys)
+
+        def loss(learned: _Learned) -> tuple[Array, tuple[Array, Array]]:
             share, cosine = self.gate(learned.keys, clean)
-            scores = self.experts(state._replace(weight=learned.weight, bias=learned.bias), clean)
-            return -self.vote(share, cosine, scores)[label] + (1 - cosine) @ share
+            scores = LIMIT * jnp.tanh((learned.weight @ clean + learned.bias) / LIMIT)
+            return -self.vote(share, cosine, scores) + (1 - cosine) @ share, (share, scores)
 
-        learned = _Learned(state.weight, state.bias, state.keys)
-        grads = jax.grad(loss)(learned)
+        grads, (share, scores) = jax.grad(loss, has_aux=True)(rows)
+        learns = good & (jnp.asarray(weight) != 0) & (share > 0).any()
 
-        def move(w, g):
-            # Only what has a gradient moves: the true class of the experts that voted.
-            return w - self.learning_rate * jnp.where(g == 0, 0.0, jnp.sign(g) + self.decay * w)
+        def move(w: Array, g: Array) -> Array:
+            # Exact zeros are those of experts that did not vote.
+            return jnp.where(learns & (g != 0), w - self.learning_rate * (jnp.sign(g) + self.decay * w), w)
 
         updates, adam = optax.adam(self.key_rate).update(grads.keys, state.adam)
-        keys = state.keys + updates
-        share, _ = self.gate(state.keys, clean)
-        high = (jnp.abs(self.experts(state, clean)).max(1) > 0.99 * LIMIT) & (share > 0)
-        new = state._replace(
-            weight=move(state.weight, grads.weight),
-            bias=move(state.bias, grads.bias),
+        keys: Any = optax.apply_updates(state.keys, updates)
+        high = ((jnp.abs(scores) > 0.99 * LIMIT) & (share > 0)).any()
+        learned = state._replace(
             keys=keys / jnp.linalg.norm(keys, axis=1, keepdims=True),
             adam=adam,
             seen=state.seen.at[label].add(1),
-            saturated=state.saturated + high.any(),
+            saturated=state.saturated + high,
         )
-        counted = state._replace(rejected=state.rejected + ~good)
-        return select(good & (jnp.asarray(weight) != 0) & (share > 0).any(), new, counted)
+        return select(learns, learned, state)._replace(
+            weight=state.weight.at[:, label].set(move(rows.weight, grads.weight)),
+            bias=state.bias.at[:, label].set(move(rows.bias, grads.bias)),
+            rejected=state.rejected + ~good,
+        )
 
 
 class _Learned(NamedTuple):
-    weight: Array
-    bias: Array
-    keys: Array
+    """What an event of one class can move: that class's row of every expert, and the keys."""
+
+    weight: Float[Array, "N d"]
+    bias: Float[Array, " N"]
+    keys: Float[Array, "N d"]
 
 
 def example() -> tuple[DEE, Event]:

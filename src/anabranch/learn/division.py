@@ -2,16 +2,21 @@
 
 Training keeps the input of every layer for the backward pass, and these activations fill the memory. Here each feature
 map is kept as two parts instead: its low frequencies, which are means over blocks of 8 x 8 pixels in bfloat16, and what
-remains, rounded at random to 2 bits. The forward pass is exact, and so are the gradients that go from a convolution to
-its input; the gradients of weights see the map that was restored. Since rounding up or down at random is right on
-average, the gradient of a convolution's weights has no bias; that of a batch normalisation is only nearly right.
+remains, rounded at random to 2 bits. The forward pass is exact, and so are the gradients that go from a convolution or
+a linear layer to its input; the gradients of weights see the map that was restored. Since rounding up or down at random
+is right on average, the gradient of weights has no bias; that of a batch normalisation over n values has one of 1/n.
+A single gradient is a noisy one: four levels span the whole range of what remains, so the noise has about the variance
+of the map itself. It averages out over the images of a batch and over steps, and grows from layer to layer on the way
+back, since normalisations pass it on. Where most pixels are exactly 0, as after ReLU on digits, a single mean for the
+map (`block` as large as it) is less noisy than many: 0 is then a level of its own.
 
 `Division` is a `Backprop`: it stands wherever a gradient is asked for, as in `fit(Division(loss), net, ...)` or
-`Sgd(net, optimizer, Division(loss))`, and works on networks made of the layers of `anabranch.models.resnet`; layers of
-other kinds stay as they are. It has no state.
+`Sgd(net, optimizer, Division(loss))`, and works on networks made of the layers of `anabranch.models.resnet` and of the
+two here; layers of other kinds stay as they are. It has no state.
 
 What differs from the authors' code: smallest value and step are stored in bfloat16 rounded outwards, and the map is
-rounded with the stored ones, so that nothing is clipped.
+rounded with the stored ones, so that nothing is clipped. Rounding draws 8 bits of chance for each value, which makes it
+right on average to 1/512 of a step.
 
     >>> codec = Codec()
     >>> x = jax.random.normal(jax.random.PRNGKey(0), (1, 3, 32, 32))
@@ -23,6 +28,7 @@ rounded with the stored ones, so that nothing is clipped.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import equinox as eqx
@@ -30,10 +36,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jaxtyping import Array, BFloat16, Float, PRNGKeyArray, PyTree, UInt8
 
 from anabranch.cell import Event, Maybe, noise
-from anabranch.fit import Backprop, M
+from anabranch.fit import Backprop, Loss, M
 from anabranch.learn.base import Sgd, cross_entropy
 from anabranch.models.resnet import BatchNorm2d, Conv2d, ReLU, ResNet
 
@@ -62,6 +69,27 @@ def upsample(low: Float[Array, "N C h w"], size: tuple[int, int]) -> Float[Array
     """The nearest value for each pixel; where sizes do not divide, blocks are stretched over the whole image."""
     rows, columns = (np.arange(n) * m // n for n, m in zip(size, low.shape[-2:], strict=True))
     return low[..., rows[:, None], columns]
+
+
+def dither(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """What is added before rounding down, to round at random: evenly spaced numbers in (0, 1), of 8 bits each."""
+    # Four to a word: drawing words for all values would need more memory than the map.
+    words = jax.random.bits(key, (-(-prod(shape) // 4),))
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: prod(shape)]
+    return (octets.reshape(shape).astype(jnp.float32) + 0.5) / 256
+
+
+def pack(level: UInt8[Array, "... values"], bits: int) -> UInt8[Array, "... bytes"]:
+    """Numbers of 1, 2, 4 or 8 bits, several to a byte, the first in the lowest bits."""
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+    level = jnp.pad(level, [(0, 0)] * (level.ndim - 1) + [(0, -level.shape[-1] % len(shifts))])
+    return (level.reshape(*level.shape[:-1], -1, len(shifts)) << shifts).sum(-1, dtype=jnp.uint8)
+
+
+def unpack(packed: UInt8[Array, "... bytes"], bits: int) -> UInt8[Array, "... values"]:
+    """The numbers again, with the zeros that fill the last byte."""
+    level = packed[..., None] >> jnp.arange(0, 8, bits, dtype=jnp.uint8) & jnp.uint8(2**bits - 1)
+    return level.reshape(*packed.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -95,33 +123,20 @@ class Codec:
         minimum = (least - jnp.abs(least) / 128).astype(jnp.bfloat16)
         span = most - minimum.astype(jnp.float32)
         step = (span / (2**self.bits - 1) * (1 + 1 / 128)).astype(jnp.bfloat16)
-        offset = 0.5 if key is None else jax.random.uniform(key, x.shape)
+        offset = 0.5 if key is None else dither(key, x.shape)
         divisor = jnp.where(step > 0, step, 1).astype(jnp.float32)
         level = (rest - minimum.astype(jnp.float32)[..., None, None]) / divisor[..., None, None]
         level = jnp.clip(jnp.floor(level + offset), 0, 2**self.bits - 1).astype(jnp.uint8)
-        return Packed(low, self._pack(level.reshape(*x.shape[:-2], -1)), minimum, step, size)
+        return Packed(low, pack(level.reshape(*x.shape[:-2], -1), self.bits), minimum, step, size)
 
     def decompress(self, packed: Any) -> Float[Array, "N C H W"]:
         """The map, nearly as it was."""
         if not isinstance(packed, Packed):
             return packed
         H, W = packed.size
-        level = self._unpack(packed.levels)[..., : H * W].astype(jnp.float32)
+        level = unpack(packed.levels, self.bits)[..., : H * W].astype(jnp.float32)
         rest = level * packed.step[..., None].astype(jnp.float32) + packed.minimum[..., None].astype(jnp.float32)
         return upsample(packed.low.astype(jnp.float32), packed.size) + rest.reshape(*rest.shape[:-1], H, W)
-
-    def _pack(self, level: UInt8[Array, "N C pixels"]) -> UInt8[Array, "N C bytes"]:
-        share = 8 // self.bits
-        level = jnp.pad(level, [(0, 0)] * (level.ndim - 1) + [(0, -level.shape[-1] % share)])
-        level = level.reshape(*level.shape[:-1], -1, share) << self._shifts()
-        return level.sum(-1, dtype=jnp.uint8)
-
-    def _unpack(self, packed: UInt8[Array, "N C bytes"]) -> UInt8[Array, "N C pixels"]:
-        level = packed[..., None] >> self._shifts() & jnp.uint8(2**self.bits - 1)
-        return level.reshape(*packed.shape[:-1], -1)
-
-    def _shifts(self) -> UInt8[Array, " share"]:
-        return jnp.arange(0, 8, self.bits, dtype=jnp.uint8)
 
 
 def _barrier(kept: PyTree, g: Array) -> tuple[PyTree, Array]:
@@ -131,24 +146,54 @@ def _barrier(kept: PyTree, g: Array) -> tuple[PyTree, Array]:
     return eqx.combine(arrays, static), g
 
 
+class Linear(eqx.Module):
+    """A linear layer for a whole batch of rows or of sequences."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"]
+
+    def __call__(self, x: Float[Array, "N *T in"]) -> Float[Array, "N *T out"]:
+        return x @ self.weight.T + self.bias
+
+
+class MaxPool2d(eqx.Module):
+    """The largest of each square of 2 x 2 pixels.
+
+    Raises:
+        einops.EinopsError: if height or width are odd.
+    """
+
+    def __call__(self, x: Float[Array, "N C H W"]) -> Float[Array, "N C h w"]:
+        return _squares(x).max(-1)
+
+
+def _squares(x: Float[Array, "N C H W"]) -> Float[Array, "N C h w 4"]:
+    return rearrange(x, "n c (h a) (w b) -> n c h w (a b)", a=2, b=2)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def conv2d_div(codec: Codec, layer: Conv2d, x: Float[Array, "N in H W"], key: PRNGKeyArray) -> Array:
-    """A convolution that keeps its input compressed."""
+def linear_div(codec: Codec, layer: Conv2d | Linear, x: Float[Array, "N ..."], key: PRNGKeyArray) -> Array:
+    """A convolution or a linear layer that keeps its input compressed.
+
+    Blocks are squares of pixels [N, C, H, W], spans of time [N, T, C], or spans of what was flattened [N, values].
+    """
     return layer(x)
 
 
-def _conv2d_forward(codec, layer, x, key):
-    return layer(x), (layer, codec.compress(x, key))
+def _linear_forward(codec, layer, x, key):
+    maps = {2: "n w -> n 1 1 w", 3: "n w c -> n c 1 w", 4: "n c h w -> n c h w"}
+    return layer(x), (layer, codec.compress(rearrange(x, maps[x.ndim]), key))
 
 
-def _conv2d_backward(codec, kept, g):
+def _linear_backward(codec, kept, g):
     (layer, packed), g = _barrier(kept, g)
-    # A convolution is linear in either argument: the gradient of the input needs the weights alone.
-    _, pull = jax.vjp(lambda layer, x: layer(x), layer, codec.decompress(packed))
+    inputs = {2: "n 1 1 w -> n w", 3: "n c 1 w -> n w c", 4: "n c h w -> n c h w"}
+    # Linear in either argument: the gradient of the input needs the weights alone.
+    _, pull = jax.vjp(lambda layer, x: layer(x), layer, rearrange(codec.decompress(packed), inputs[g.ndim]))
     return (*pull(g), None)
 
 
-conv2d_div.defvjp(_conv2d_forward, _conv2d_backward)
+linear_div.defvjp(_linear_forward, _linear_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,7 +237,34 @@ def _relu_backward(codec, kept, g):
 
 relu_div.defvjp(_relu_forward, _relu_backward)
 
-KINDS: dict[type, Callable] = {Conv2d: conv2d_div, BatchNorm2d: batchnorm_div, ReLU: relu_div}
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def maxpool_div(codec: Codec, layer: MaxPool2d, x: Float[Array, "N C H W"], key: PRNGKeyArray) -> Array:
+    """The largest of each square, of which its place is kept, 2 bits."""
+    return layer(x)
+
+
+def _maxpool_forward(codec, layer, x, key):
+    place = jnp.argmax(_squares(x), -1).astype(jnp.uint8)
+    return layer(x), (layer, pack(place.reshape(len(x), -1), 2))
+
+
+def _maxpool_backward(codec, kept, g):
+    layer, packed = kept
+    place = unpack(packed, 2)[:, : g[0].size].reshape(g.shape)
+    squares = jnp.where(place[..., None] == jnp.arange(4), g[..., None], 0)
+    return layer, rearrange(squares, "n c h w (a b) -> n c (h a) (w b)", a=2, b=2), None
+
+
+maxpool_div.defvjp(_maxpool_forward, _maxpool_backward)
+
+KINDS: dict[type, Callable] = {
+    Conv2d: linear_div,
+    Linear: linear_div,
+    BatchNorm2d: batchnorm_div,
+    ReLU: relu_div,
+    MaxPool2d: maxpool_div,
+}
 
 
 class Divided(eqx.Module):
@@ -229,20 +301,24 @@ class Division(Backprop):
     def value_and_grad(self, model: M, batch: Any, key: PRNGKeyArray) -> tuple[Float[Array, ""], M]:
         return eqx.filter_value_and_grad(self.compressed)(model, batch, key)
 
-    def activation_bytes(self, model: Any, batch: tuple[Float[Array, "N C H W"], Any]) -> int:
+    def activation_bytes(self, model: Any, batch: Any) -> int:
         """Bytes that are kept for the backward pass and grow with the batch; nothing is run."""
-        params, static = eqx.partition(model, eqx.is_inexact_array)
+        return kept_bytes(self.compressed, model, batch)
 
-        def backward(params, batch):
-            return jax.vjp(lambda p: self.compressed(eqx.combine(p, static), batch, jax.random.PRNGKey(0)), params)[1]
 
-        def total(rows: int) -> int:
-            some = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
-            kept = jax.tree.leaves(jax.eval_shape(backward, params, some))
-            return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+def kept_bytes(loss: Loss, model: Any, batch: Any) -> int:
+    """Bytes that the backward pass of a loss keeps from the forward pass, and that grow with the rows of the batch."""
+    params, static = eqx.partition(model, eqx.is_inexact_array)
 
-        rows = len(batch[0])
-        return total(2 * rows) - total(rows)  # weights, which are kept too, cancel
+    def backward(params, batch):
+        return jax.vjp(lambda p: loss(eqx.combine(p, static), batch, jax.random.PRNGKey(0)), params)[1]
+
+    def total(rows: int) -> int:
+        some = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(backward, params, some)))
+
+    rows = len(jax.tree.leaves(batch)[0])
+    return total(2 * rows) - total(rows)  # weights, which are kept too, cancel
 
 
 def example() -> tuple[Sgd, Event]:

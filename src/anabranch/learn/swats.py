@@ -16,6 +16,9 @@ Two more differences: γ counts only where it is positive, since a negative one 
 rate; and ε stands where optax has it, outside the bias correction, so that the steps before the switch are those of
 `optax.adam` bit for bit.
 
+Where a stream changes, Adam is wanted again: `rearm` gives the state as it was at first, and `Rearmed` does so when a
+drift detector says so (both are ours).
+
 Weight decay belongs before (`optax.chain(optax.add_decayed_weights(1e-4), swats())`), a decay of the rate after
 (`optax.chain(swats(), optax.scale_by_schedule(decay))`): there it scales both phases and leaves γ alone.
 
@@ -29,17 +32,17 @@ Weight decay belongs before (`optax.chain(optax.add_decayed_weights(1e-4), swats
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from anabranch.cell import Event, Maybe, select
-from anabranch.learn.base import Sgd
+from anabranch.cell import Event, Learner, Maybe, select
+from anabranch.learn.base import Detector, Sgd, SgdState, label
 
 
 class SwatsState(NamedTuple):
@@ -70,6 +73,7 @@ def swats(
     warmup: int = 1000,
     rtol: float = 1e-3,
     atol: float = 0.0,
+    scope: Literal["global", "tensor"] = "global",
 ) -> optax.GradientTransformation:
     """Adam that becomes SGD with momentum at the rate that its own steps suggest.
 
@@ -83,6 +87,8 @@ def swats(
         warmup: the switch comes after step `warmup` at the earliest.
         rtol: the switch comes where |mean − γ| ≤ atol + rtol · γ.
         atol: see `rtol`.
+        scope: "global" is one rate and one switch for all parameters; with "tensor" each array has a `SwatsState` of
+            its own, finds its own rate, and switches by itself.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -93,6 +99,8 @@ def swats(
         )
     if warmup < 1 or rtol < 0 or atol < 0:
         raise ValueError(f"swats needs warmup >= 1, rtol >= 0 and atol >= 0, got {warmup=}, {rtol=} and {atol=}")
+    if scope not in ("global", "tensor"):
+        raise ValueError(f'swats: scope must be "global" or "tensor", got {scope!r}')
     adam = optax.chain(optax.scale_by_adam(b1, b2, eps), optax.scale(-learning_rate))
 
     def init(params: PyTree) -> SwatsState:
@@ -132,7 +140,49 @@ def swats(
         fine = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
         return select(fine, (step, new), (jax.tree.map(jnp.zeros_like, step), state))
 
-    return optax.GradientTransformation(init, update)
+    whole = optax.GradientTransformation(init, update)
+    return whole if scope == "global" else _each_tensor(whole)
+
+
+def _each_tensor(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser for each array by itself."""
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        grads, structure = jax.tree.flatten(updates)
+        steps, states = zip(*map(optimizer.update, grads, structure.flatten_up_to(state)), strict=True)
+        return structure.unflatten(steps), structure.unflatten(states)
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(optimizer.init, params), update)
+
+
+def rearm(state: PyTree) -> PyTree:
+    """The state of `swats` before its first gradient: Adam begins anew, and counts its steps from 1."""
+    return jax.tree.map(jnp.zeros_like, state)
+
+
+class Rearmed(Learner):
+    """An online learner whose `swats` goes back to Adam when a detector finds that its errors have changed.
+
+    Stream and output are those of `Sgd`; the state is that of the learner and that of the detector.
+    """
+
+    learner: Sgd
+    detector: Detector
+
+    smooth = False
+
+    def init(self, *, key: PRNGKeyArray | None = None) -> tuple[SgdState, Any]:
+        return self.learner.init(key=key), self.detector.init()
+
+    def predict(self, state: tuple[SgdState, Any], x: Any) -> Any:
+        return self.learner.predict(state[0], x)
+
+    def learn(self, state: tuple[SgdState, Any], x: Any, target: Any, weight: Any = 1.0) -> tuple[SgdState, Any]:
+        wrong = label(self.predict(state, x)) != target
+        detector, alarm = self.detector.step(state[1], wrong.astype(jnp.float32))
+        learner = self.learner.learn(state[0], x, target, weight)
+        optimizer = select(alarm.drift, rearm(learner.optimizer), learner.optimizer)
+        return learner._replace(optimizer=optimizer), detector
 
 
 def example() -> tuple[Sgd, Event]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 from jaxtyping import Int32, Int64, PyTree, UInt32
 
 from anabranch.cell import Cell, State, noise
-from anabranch.state import Packing, is_array
+from anabranch.state import Packing
 
 LOOP_FLOPS = 100_000
 """A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has the two cross near a GRU(128) with
@@ -114,7 +114,7 @@ class Keyed:
         self._staged: dict[tuple, list[np.ndarray]] = {}
         self._packing = Packing(jax.eval_shape(lambda key: cell.init(key=key), jax.random.PRNGKey(0)))
         self._kind = _Kind(cell)
-        self._weights = tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(cell) if is_array(leaf))
+        self._weights = tuple(jnp.asarray(leaf) for leaf in jax.tree.leaves(cell) if _is_data(leaf))
         per_shard = -(-capacity // self._shards)
         self.capacity = capacity = per_shard * self._shards
         first = [np.asarray(_fresh_rows(cell, seed, np.array([i], np.uint32))) for i in (1, 2, 3)]
@@ -564,12 +564,17 @@ def _waves(events: Int64[np.ndarray, " n"], local: Int32[np.ndarray, " all"]) ->
     return _cut(np.split(events[by_turn], np.cumsum(np.bincount(turn))[:-1]), WIDTHS[-1])
 
 
+def _is_data(leaf: Any) -> bool:
+    """Whether a leaf of a cell is an array, and not only the description of one."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+
+
 class _Kind:
     """A cell but for its arrays: what a program is compiled for. `jit` asks for its hash at every call."""
 
     def __init__(self, cell: Cell):
         leaves, self._tree = jax.tree.flatten(cell)
-        self._fixed = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+        self._fixed = tuple(None if _is_data(leaf) else leaf for leaf in leaves)
         self._hash = hash((self._tree, self._fixed))
 
     def __hash__(self) -> int:

@@ -95,7 +95,7 @@ def _two_way(name: str, D: int, N: int, placement: list[tuple[int, int]]) -> Sch
         kinds = [F] * (v * D - n) + joint * (N // D - 1) + [F, BW] * n + [BW] * (v * D - n)
         return (next(passes[kind]) for kind in kinds)
 
-    return Schedule(name, [list(order(r)) for r in range(D)], placement)
+    return Schedule(name, [list(order(r)) for r in range(D)], tuple(placement))
 
 
 def sync(given: Schedule, costs: Costs = EQUAL, time: float = 1.0, size: float = 0.0, eager: bool = True) -> Plan:

@@ -1,8 +1,8 @@
 """What arrives at a server of language models: prompts, lengths of answers, and when.
 
-    >>> load = Workload.synthetic(1000, prompt=500, output=100).poisson(rate=2.0, seed=0)
-    >>> len(load), bool(1.8 < len(load) / load.arrival[-1] < 2.2)
-    (1000, True)
+>>> load = Workload.synthetic(1000, prompt=500, output=100).poisson(rate=2.0, seed=0)
+>>> len(load), bool(1.8 < len(load) / load.arrival[-1] < 2.2)
+(1000, True)
 """
 
 import csv
