@@ -204,6 +204,48 @@ def plan(
     print(report.drawing(best, "text"), end="")
 
 
+@app.command()
+def capacity(
+    model: Annotated[str, typer.Option(help="Such as llama-3-8b or llama-3-70b.")],
+    gpu: Annotated[str, typer.Option(help="Such as a100-80g or h100.")],
+    gpus: Annotated[int, typer.Option(help="How many there are.", min=1)],
+    trace: Annotated[str, typer.Option(help="azure-conv, azure-code, PROMPTxOUTPUT tokens, or a CSV file.")],
+    slo: Annotated[str, typer.Option(help="Goals in seconds, for 90 % of requests.")] = "ttft=1,tbt=0.05",
+    out: Annotated[Path | None, typer.Option(help="Write a report (HTML).")] = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Say how many requests a second devices serve within goals, by which system and placement (simulated)."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from anabranch.schedule import capacity as sizing
+
+    try:
+        spec, device = sizing.known(sizing.MODELS, model, "model"), sizing.known(sizing.DEVICES, gpu, "gpu")
+        load, goals = sizing.read_workload(trace), sizing.read_goals(slo)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as progress:
+            task = progress.add_task("")
+            told = lambda step: progress.update(task, description=step)
+            found = sizing.capacity(spec, device, gpus, load, goals, told)
+            if out is not None:
+                told("the report")
+                sizing.report(found, load, goals, f"{model} on {gpus} x {gpu}, {trace}, {slo}", out)
+    except (ValueError, LookupError, OSError, ImportError) as error:
+        _fail(error)
+    if as_json:
+        rows = [{"system": one.system, "engines": one.engines, "rate": one.rate} for one in found]
+        print(json.dumps({"found": rows}))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("system", "engines x devices", "requests/s"):
+        table.add_column(name, justify="right" if name == "requests/s" else "left", no_wrap=True)
+    for one in found:
+        table.add_row(one.system, one.engines, f"{one.rate:.2f}", style="bold" if one is found[0] else None)
+    Console().print(table)
+    if not found[0].rate:
+        print("no system meets the goals at any rate")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -130,6 +130,19 @@ class PlanBuilder:
         self._mem: list[tuple] = []
         self._comm: list[tuple] = []
 
+    @classmethod
+    def of(cls, plan: Plan) -> "PlanBuilder":
+        """A builder that goes on where a plan ends; its operations keep their numbers."""
+        b = cls(**plan.meta)
+        b._lanes, b._pools = list(plan.lanes), list(plan.pools)
+        b._length = np.bincount(plan.lane, minlength=len(plan.lanes)).tolist()
+        columns = (plan.kind, plan.lane, plan.pos, plan.dur, plan.stage, plan.micro)
+        b._ops = list(zip(*(column.tolist() for column in columns)))
+        edges = list(zip(plan.dep_idx.tolist(), plan.dep_lag.tolist()))
+        b._deps = [edges[start:end] for start, end in pairwise(plan.dep_ptr.tolist())]
+        b._mem, b._comm = plan.mem.tolist(), plan.comm.tolist()
+        return b
+
     def lane(self, device: int, resource: str = "compute") -> int:
         """A new lane."""
         self._lanes.append(Lane(device, resource))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from anabranch.plan import Op, validate
+from anabranch.plan import Op, PlanBuilder, validate
 from anabranch.schedule.base import BW, Costs, F, Pass, Schedule, bubble, check, interleaved, simulate
-from anabranch.schedule.bitpipe import bitpipe, chimera, extended, sync
+from anabranch.schedule.bitpipe import bitpipe, chimera, sync
 
 # Of the authors' `get_microbatch_idx` and `get_bkmicrobatch_idx` for 4 devices and 8 micro-batches: what is 8 or more
 # is the second half of micro-batch i - 8.
@@ -129,7 +129,7 @@ def test_sums_begin_when_both_replicas_are_done():
 
 def test_an_extended_plan_keeps_what_it_had():
     plan = sync(bitpipe(4, 8), Costs(1, 2, 3, 0.5, 4, 0.25, 2, bytes=5), 3.0, 7.0)
-    again = extended(plan).build()
+    again = PlanBuilder.of(plan).build()
     for name in ("kind", "lane", "pos", "dur", "stage", "micro", "dep_ptr", "dep_idx", "dep_lag", "comm", "lanes"):
         np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
     assert again.pools == plan.pools and sorted(again.mem.tolist()) == sorted(plan.mem.tolist())

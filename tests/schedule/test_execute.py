@@ -52,7 +52,7 @@ def test_one_device_is_enough():
 def test_what_cannot_be_executed():
     b = PlanBuilder()
     b.add(Op.OPT, b.lane(0), 1.0, stage=0, micro=0)
-    with pytest.raises(PlanError, match="only F, B, W and BW can be executed, the plan has OPT"):
+    with pytest.raises(PlanError, match="only F, B, W, BW, D2H and H2D can be executed, the plan has OPT"):
         execute(b.build(), MODEL, jnp.ones((1, 2)), (), jnp.ones((1, 2)), jnp.ones((1, 2)))
     far = dataclasses.replace(one_f_one_b(4, 1), placement=(0, 2, 1, 3))
     orders = [far.orders[i] for i in (0, 2, 1, 3)]

@@ -168,3 +168,11 @@ def test_bad_arguments_are_named():
 def test_gradients_are_those_of_the_model(executed):
     said = "grouped_interleaved(4, 4, 2, 3)"
     assert executed(said)[said]["error"] < 1e-5
+
+
+def test_gradients_with_transfers_and_slots_of_the_plan(executed):
+    base, half = "grouped_interleaved(4, 8, 2, 4)", "offload(grouped_interleaved(4, 8, 2, 4).plan(), 1, 1.5)"
+    ran = executed(base, half)
+    assert max(one["error"] for one in ran.values()) < 1e-5
+    assert ran[base]["slots"]["activation"][1:] == [8, 7, 6] and ran[half]["slots"]["activation"] == [4, 4, 4, 4]
+    assert max(ran[half]["slots"]["host"]) == 5 and max(ran[base]["slots"]["host"]) == 0

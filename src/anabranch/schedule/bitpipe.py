@@ -39,7 +39,7 @@ from anabranch.schedule.base import (
     simulate,
 )  # fmt: skip
 
-__all__ = ["Costs", "bitpipe", "bubble", "chimera", "extended", "interleaved", "simulate", "sync"]
+__all__ = ["Costs", "bitpipe", "bubble", "chimera", "interleaved", "simulate", "sync"]
 
 
 def bitpipe(D: int, N: int, v_shape: bool = True) -> Schedule:
@@ -107,7 +107,7 @@ def sync(given: Schedule, costs: Costs = EQUAL, time: float = 1.0, size: float =
         eager: begin as soon as the stage's gradients are complete; if not, when all backward passes of its devices are.
     """
     plan = given.plan(costs)
-    b = extended(plan)
+    b = PlanBuilder.of(plan)
     last = {(int(plan.stage[op]), lane): op for lane, ops in enumerate(plan.orders()) for op in ops.tolist()
             if plan.kind[op] in (BW, W)}  # fmt: skip
     ends = [int(ops[-1]) for ops in plan.orders()]
@@ -127,26 +127,3 @@ def sync(given: Schedule, costs: Costs = EQUAL, time: float = 1.0, size: float =
         for src, dst in zip(devices, devices[1:] + devices[:1]):
             b.move(op, src, dst, size)
     return b.build()
-
-
-def extended(plan: Plan) -> PlanBuilder:
-    """A builder that goes on where a plan ends; its operations keep their numbers."""
-    b = PlanBuilder(**plan.meta)
-    for lane in plan.lanes:
-        b.lane(*lane)
-    for pool in plan.pools:
-        b.pool(*pool)
-    changes: tuple[dict[int, dict[int, float]], ...] = ({}, {})
-    for op, pool, when, delta in plan.mem.tolist():
-        changes[when].setdefault(op, {})[pool] = abs(delta)
-    for op in range(len(plan)):
-        b.add(
-            Op(plan.kind[op]), int(plan.lane[op]), float(plan.dur[op]), stage=int(plan.stage[op]),
-            micro=int(plan.micro[op]), alloc=changes[0].get(op), free=changes[1].get(op),
-        )  # fmt: skip
-    for op in range(len(plan)):
-        for i in range(plan.dep_ptr[op], plan.dep_ptr[op + 1]):
-            b.wait(op, [int(plan.dep_idx[i])], float(plan.dep_lag[i]))
-    for row in plan.comm.tolist():
-        b.move(*row)
-    return b

@@ -2,8 +2,9 @@
 
 The plan becomes a table, which says for every tick and device what to run, on which slots of its buffers, and what
 comes in. One program on all devices scans over it; results go round two rings, by one device up and down. Slots are
-given out by the plan, so that the buffers are as large as its peak. What a backward pass needs it computes again from
-the input of its stage; the gradient of the weights is a second half of it, cut by `two_stage_backprop.halve`.
+given out by the plan, so that the buffers are as large as its peak. What it offloads waits in a second buffer, `host`,
+which is memory like any other on virtual devices. What a backward pass needs it computes again from the input of its
+stage; the gradient of the weights is a second half of it, cut by `two_stage_backprop.halve`.
 
 Ticks are not times: devices that share a processor say nothing about those.
 """
@@ -25,6 +26,7 @@ from anabranch.plan import Op, Plan, PlanError, simulate
 from anabranch.schedule.two_stage_backprop import halve
 
 KINDS = (Op.F, Op.B, Op.W, Op.BW)
+MOVES = (Op.D2H, Op.H2D)
 
 
 class Model(NamedTuple):
@@ -55,7 +57,7 @@ class Executed(NamedTuple):
     """Of the weights, stacked by stage, and of `outer`."""
     ticks: int
     slots: dict[str, list[int]]
-    """Slots that each device used: `activation`, `gradient`, and `weights`, what is kept between B and W."""
+    """Slots that each device used: `activation`, `host`, `gradient`, and `weights`, what is kept between B and W."""
 
 
 class _Row(NamedTuple):
@@ -68,6 +70,8 @@ class _Row(NamedTuple):
     activation: Any
     gradient: Any
     kept: Any
+    moves: Any
+    """Slots from activation to host, and back from host to activation."""
     came: Any
     """From the device below, from the one above, and from itself: what came (1 activation, 2 gradient) and its slot."""
 
@@ -84,7 +88,8 @@ def execute(
     """The loss, and the gradients, of one step.
 
     Arguments:
-        plan: of F, B, W and BW, on any devices; stages that follow one another are on neighbours or on one device.
+        plan: of F, B, W and BW, on any devices, and of D2H and H2D of what F keeps; stages that follow one another are
+            on neighbours or on one device.
         weights: stacked by stage.
         inputs, targets: stacked by micro-batch.
         devices: at least as many as the plan has.
@@ -93,7 +98,7 @@ def execute(
         PlanError: if the plan has other operations, or sends to a device that is no neighbour.
         ValueError: if there are too few devices, or the plan has other sizes than weights or inputs.
     """
-    p, stages, micros = len(plan.lanes), int(plan.stage.max()) + 1, int(plan.micro.max()) + 1
+    p, stages, micros = _devices(plan), int(plan.stage.max()) + 1, int(plan.micro.max()) + 1
     devices = jax.devices() if devices is None else devices
     if len(devices) < p:
         raise ValueError(f"the plan has {p} devices, there are {len(devices)}")
@@ -149,6 +154,7 @@ def _device(
     kept = jax.eval_shape(halves.first, *like)[1]
     state = {
         "activation": jnp.zeros((sizes["activation"] + 1, *x.shape), x.dtype),  # the last slot is for nothing
+        "host": jnp.zeros((sizes["host"] + 1, *x.shape), x.dtype),
         "gradient": jnp.zeros((sizes["gradient"] + 1, *x.shape), x.dtype),
         "kept": [jnp.zeros((sizes["weights"] + 1, *leaf.shape), leaf.dtype) for leaf in kept],
         "grads": jax.tree.map(jnp.zeros_like, (local, outer)),
@@ -186,6 +192,8 @@ def _device(
     branches = [lambda state, row: (state, blank), forward_pass, b, w, bw]
 
     def tick(state, row):
+        for (origin, to), (given, taken) in zip((("activation", "host"), ("host", "activation")), row.moves):
+            state = state | {to: state[to].at[taken].set(state[origin][given])}
         state, message = jax.lax.switch(row.op, branches, state, row)
         up = jax.lax.ppermute(message, "stage", [(i, (i + 1) % p) for i in range(p)])
         down = jax.lax.ppermute(message, "stage", [(i, (i - 1) % p) for i in range(p)])
@@ -203,38 +211,58 @@ def _device(
 
 def _table(plan: Plan) -> tuple[_Row, list[list[int]], dict[str, list[int]]]:
     """The rows i32[p, ticks], the stages of each device, and the slots each device needs."""
-    if others := sorted({Op(kind).name for kind in plan.kind.tolist()} - {kind.name for kind in KINDS}):
-        raise PlanError(f"only F, B, W and BW can be executed, the plan has {', '.join(others)}")
+    if others := sorted({Op(kind).name for kind in plan.kind.tolist()} - {kind.name for kind in KINDS + MOVES}):
+        raise PlanError(f"only F, B, W, BW, D2H and H2D can be executed, the plan has {', '.join(others)}")
     one_each = simulate(replace(plan, dur=np.ones(len(plan)), dep_lag=np.zeros(len(plan.dep_lag))))
     start = one_each.start.astype(int)
-    p, ticks, last = len(plan.lanes), int(one_each.makespan), int(plan.stage.max())
-    ops = list(zip(plan.kind.tolist(), plan.stage.tolist(), plan.micro.tolist(), plan.lane.tolist(), start.tolist()))
-    at = {(Op.B if kind == Op.BW else kind, s, i): (lane, t) for kind, s, i, lane, t in ops}
-    chunks = [sorted({s for _, s, _, lane, _ in ops if lane == d}) for d in range(p)]
+    p, ticks, last = _devices(plan), int(one_each.makespan), int(plan.stage.max())
+    on = [plan.lanes[lane].device for lane in plan.lane.tolist()]
+    ops = list(zip(plan.kind.tolist(), plan.stage.tolist(), plan.micro.tolist(), on, start.tolist()))
+    at = {(Op.B if kind == Op.BW else kind, s, i): (d, t) for kind, s, i, d, t in ops}
+    chunks = [sorted({s for _, s, _, device, _ in ops if device == d}) for d in range(p)]
 
     slots: dict[str, list[int]] = {}
     given: dict[tuple[str, int, int], int] = {}
-    lives: dict[str, Callable[[int, int], tuple[int, int] | None]] = {
-        "activation": lambda s, i: (at[Op.F, s - 1, i][1] + 1, at[Op.B, s, i][1] + 1) if s else None,
-        "gradient": lambda s, i: (at[Op.B, s + 1, i][1] + 1, at[Op.B, s, i][1] + 1) if s < last else None,
-        "weights": lambda s, i: (at[Op.B, s, i][1], at[Op.W, s, i][1] + 1) if (Op.W, s, i) in at else None,
+    tick = lambda kind, s, i: at[kind, s, i][1]
+    goes = lambda s, i: s > 0 and (Op.D2H, s, i) in at  # stage 0 keeps nothing: it has the inputs
+    lives: dict[str, dict[str, Callable[[int, int], tuple[int, int] | None]]] = {
+        "activation": {
+            "activation": lambda s, i: (
+                (tick(Op.F, s - 1, i) + 1, tick(Op.D2H if goes(s, i) else Op.B, s, i) + 1) if s else None
+            ),
+            "returned": lambda s, i: (tick(Op.H2D, s, i), tick(Op.B, s, i) + 1) if goes(s, i) else None,
+        },
+        "host": {"host": lambda s, i: (tick(Op.D2H, s, i), tick(Op.H2D, s, i) + 1) if goes(s, i) else None},
+        "gradient": {"gradient": lambda s, i: (tick(Op.B, s + 1, i) + 1, tick(Op.B, s, i) + 1) if s < last else None},
+        "weights": {"weights": lambda s, i: (tick(Op.B, s, i), tick(Op.W, s, i) + 1) if (Op.W, s, i) in at else None},
     }
-    for name, life in lives.items():
+    for name, parts in lives.items():
         slots[name] = []
         for d in range(p):
-            found = {(s, i): life(s, i) for kind, s, i, lane, _ in ops if lane == d and kind == Op.F}
+            mine = [(s, i) for kind, s, i, device, _ in ops if device == d and kind == Op.F]
+            found = {(part, s, i): life(s, i) for part, life in parts.items() for s, i in mine}
             count, colours = _colour({key: span for key, span in found.items() if span is not None})
             slots[name].append(count)
-            given |= {(name, s, i): colour for (s, i), colour in colours.items()}
+            given |= colours
 
-    row = _Row(*(np.zeros((p, ticks), np.int32) for _ in range(7)), came=np.zeros((p, ticks, 3, 2), np.int32))
-    for field in (row.activation, row.gradient, row.kept):
+    row = _Row(
+        *(np.zeros((p, ticks), np.int32) for _ in range(7)), *(np.zeros((p, ticks, n, 2), np.int32) for n in (2, 3))
+    )
+    for field in (row.activation, row.gradient, row.kept, row.moves):
         field[:] = -1
     for kind, s, i, d, t in ops:
+        back = given.get(("returned", s, i))
+        if kind in MOVES:
+            if back is not None:
+                host, leaves = given["host", s, i], kind == Op.D2H
+                row.moves[d, t, 1 - leaves] = (given["activation", s, i], host) if leaves else (host, back)
+            continue
         row.op[d, t], row.chunk[d, t] = 1 + KINDS.index(Op(kind)), chunks[d].index(s)
         row.stage[d, t], row.micro[d, t] = s, i
         for name, field in (("activation", row.activation), ("gradient", row.gradient), ("weights", row.kept)):
             field[d, t] = given.get((name, s, i), -1)
+        if back is not None and kind != Op.F:
+            row.activation[d, t] = back
         after = s + 1 if kind == Op.F else s - 1
         if kind == Op.W or not 0 <= after <= last:
             continue
@@ -247,7 +275,11 @@ def _table(plan: Plan) -> tuple[_Row, list[list[int]], dict[str, list[int]]]:
     return row, chunks, slots
 
 
-def _colour(spans: dict[tuple[int, int], tuple[int, int]]) -> tuple[int, dict[tuple[int, int], int]]:
+def _devices(plan: Plan) -> int:
+    return 1 + max(lane.device for lane in plan.lanes)
+
+
+def _colour(spans: dict[tuple[str, int, int], tuple[int, int]]) -> tuple[int, dict[tuple[str, int, int], int]]:
     """As few slots as these spans of time need, and which one each has."""
     free: list[int] = []
     busy: list[tuple[int, int]] = []

@@ -1,9 +1,9 @@
-"""Wan, Qi, Huang, Li, Lin: PipeOffload: Improving Scalability of Pipeline Parallelism with Memory Optimization.
+"""Wan, Qi, Huang, Lin, Li: PipeOffload: Improving Scalability of Pipeline Parallelism with Memory Optimization.
 
-arXiv 2503.01328, 2025. What a forward pass keeps for the backward one can wait in the memory of the host, if the link
-has time to take it there and to bring it back: of all activations if a transfer takes at most half as long as F, B and
-W of a chunk, of half of them if it takes no longer than these. Those of the first chunks wait longest, so that they are
-the ones to offload.
+arXiv 2503.01328; ICML 2025. What a forward pass keeps for the backward one can wait in the memory of the host, if the
+link has time to take it there and to bring it back: of all activations if a transfer takes at most half as long as F, B
+and W of a chunk, of half of them if it takes no longer than these. Those of the first chunks wait longest, so that they
+are the ones to offload.
 
     >>> base = grouped_interleaved(p=4, m=16, v=4, group=4).plan(Costs(forward=1, backward=1, weight=1))
     >>> for chunks in (0, 2, 4):
@@ -14,9 +14,9 @@ the ones to offload.
     4 198.0 4.0
 
 Transfers are placed as by the authors' code, in slots: of two neighbours, which share a link, one sends while the other
-receives. Each has its place between the passes of its device, which keeps the peak where it was planned. No pass waits
-as long as transfers are as quick as said: an activation for which one would have to stays where it is. Their code gives
-up where there is such a one; elsewhere both place the same transfers.
+receives. Each has its place between the passes of its device, so that a slow link delays passes before it fills memory.
+No pass waits as long as transfers are as quick as said: an activation for which one would have to stays where it is.
+Their code gives up where there is such a one; elsewhere both place the same transfers.
 """
 
 from collections import defaultdict
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from anabranch.plan import PlanBuilder
 from anabranch.schedule.base import (
     BW,
     EQUAL,
@@ -41,7 +42,6 @@ from anabranch.schedule.base import (
     positive,
     simulate,
 )  # fmt: skip
-from anabranch.schedule.bitpipe import extended
 
 __all__ = ["Costs", "bubble", "grouped_interleaved", "offload", "po_full", "po_half", "simulate"]
 
@@ -118,13 +118,12 @@ def offload(plan: Plan, chunks: int, time: float) -> Plan:
     held: dict[int, float] = defaultdict(float)
     for op, _, when, delta in plan.mem.tolist():
         held[op] += delta if when == 0 else 0.0
-    b = extended(plan)
+    b = PlanBuilder.of(plan)
     for d in range(0, p, 2):
         lanes = [b.lane(d + side, "host") for side in (0, 1)]
         hosts = [b.pool(d + side, "host") for side in (0, 1)]
         both = [(one, side) for side in (0, 1) for one in moves[d + side]]
         _hurry([one for one, _ in both], end, SOLO * time)
-        gone: dict[int, int] = {}
         ran: tuple[list[tuple[int, int]], ...] = ([], [])
         for one, side in sorted(both, key=lambda item: item[0].slot):
             order, leaves = orders[d + side], one.kind is Op.D2H
@@ -138,13 +137,12 @@ def offload(plan: Plan, chunks: int, time: float) -> Plan:
             b.wait(op, [other for slot, other in ran[1 - side][-2:] if slot < one.slot][-1:])
             ran[side].append((one.slot, op))
             if leaves:
-                gone[one.forward] = op
                 b.wait(op, [one.forward])
                 after = int(np.searchsorted(start[order], one.end - TINY))
                 b.wait(order[after], [op])
             else:
                 before = int(np.searchsorted(end[order], one.start + TINY, side="right")) - 1
-                b.wait(op, [gone[one.forward], order[before]])
+                b.wait(op, [order[before]])
                 b.wait(one.backward, [op])
     return b.build()
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import anabranch.schedule
-from anabranch.schedule.base import Schedule
+from anabranch.schedule.base import Plan, Schedule
 from anabranch.schedule.execute import Model, execute
 
 WIDTH, LETTERS, LENGTH = 16, 11, 6
@@ -52,16 +52,17 @@ def last(outer: dict[str, Array], x: Float[Array, "n T d"], targets: Int[Array, 
 MODEL = Model(lambda outer, ids: outer["embedding"][ids], stage, last)
 
 
-def compare(schedule: Schedule, seed: int = 0) -> dict[str, Any]:
-    """Errors and slots of one schedule, with weights and texts drawn by a seed."""
+def compare(given: Schedule | Plan, seed: int = 0) -> dict[str, Any]:
+    """Errors and slots of one schedule or plan, with weights and texts drawn by a seed."""
+    plan = given.plan() if isinstance(given, Schedule) else given
     keys = jax.random.split(jax.random.PRNGKey(seed), 5)
-    weights, m = blocks(keys[0], schedule.stages), schedule.micros
+    weights, m = blocks(keys[0], int(plan.stage.max()) + 1), int(plan.micro.max()) + 1
     outer = {
         "embedding": jax.random.normal(keys[1], (LETTERS, WIDTH)),
         "head": jax.random.normal(keys[2], (WIDTH, LETTERS)),
     }
     ids, targets = (jax.random.randint(key, (m, 2, LENGTH), 0, LETTERS) for key in keys[3:])
-    ran = execute(schedule.plan(), MODEL, weights, outer, ids, targets)
+    ran = execute(plan, MODEL, weights, outer, ids, targets)
     loss, grads = jax.jit(jax.value_and_grad(MODEL.loss, (0, 1)))(weights, outer, ids, targets)
     pairs = zip(jax.tree.leaves((ran.loss, ran.grads)), jax.tree.leaves((loss, grads)), strict=True)
     worst = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)

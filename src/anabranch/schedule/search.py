@@ -35,6 +35,7 @@ from anabranch.schedule.base import (
     positive,
 )  # fmt: skip
 from anabranch.schedule.controllable_memory import v_half, v_min
+from anabranch.schedule.pipeoffload import grouped_interleaved
 from anabranch.schedule.two_stage_backprop import two_stage
 from anabranch.schedule.zero_bubble import auto_schedule, zb_h1, zb_h2, zb_v
 
@@ -87,6 +88,9 @@ def hand_made(p: int, m: int) -> Iterator[Callable[[Costs], Schedule]]:
     if m >= 2 * p - 1:
         yield lambda costs: zb_h2(p, m)
     yield lambda costs: zb_v(p, m, chunked(costs, p, 2 * p))
+    yield lambda costs: grouped_interleaved(p, m, 2, p)
+    if p > 1:
+        yield lambda costs: grouped_interleaved(p, m, 2, (p + 1) // 2)
     yield lambda costs: v_half(p, m)
     yield lambda costs: v_min(p, m)
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anabranch.plan import MEM
+from anabranch.plan import MEM, PlanBuilder
 from anabranch.schedule.base import (
     BW,
     EQUAL,
@@ -42,7 +42,6 @@ from anabranch.schedule.base import (
     schedule,
     simulate,
 )  # fmt: skip
-from anabranch.schedule.bitpipe import extended
 
 __all__ = ["Costs", "Shards", "breadth_first", "bubble", "choose_unit", "sharded", "simulate", "traffic", "zeropp"]
 
@@ -130,7 +129,7 @@ def sharded(given: Schedule, U: int, shards: Shards, costs: Costs = EQUAL) -> Pl
     """
     positive(U=U)
     plan = given.plan(costs)
-    b, rows = extended(plan), []
+    b, rows = PlanBuilder.of(plan), []
     for device, ops in enumerate(plan.orders()):
         net = b.lane(device, "net")
         uses: dict[tuple[str, int, int], list[int]] = {}
