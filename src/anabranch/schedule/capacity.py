@@ -211,9 +211,9 @@ def report(found: list[Option], load: Workload, goals: Goals, title: str, path: 
             axis.plot(
                 rates, [result.percentile(metric, 100 * goals.at) for result in results], label=one.system, lw=1.4
             )
-    for axis, metric, goal in zip(axes, ("first token", "each token after it"), (goals.ttft, goals.tpot)):
+    for axis, metric, goal in zip(axes, ("to the first token", "for each after it"), (goals.ttft, goals.tpot)):
         axis.axhline(goal, color="#888888", ls=":")
-        axis.set(xlabel="requests a second", title=f"p{100 * goals.at:.0f} seconds to the {metric}", ylim=(0, 4 * goal))
+        axis.set(xlabel="requests a second", title=f"p{100 * goals.at:.0f} seconds {metric}", ylim=(0, 4 * goal))
         axis.title.set_fontsize(9)
     axes[0].legend(frameon=False, fontsize=7)
     rows = "".join(

@@ -8,6 +8,7 @@
 Units: seconds, bytes, floating-point operations, tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ class Roofline:
     """Time by the larger of arithmetic and memory traffic, of a model spread over `devices` by tensor parallelism.
 
     Arguments:
-        devices: that share every layer; each gives `scaling` of what it would give alone.
+        devices: that share every layer; at every doubling of them, `scaling` of their speed is kept.
     """
 
     spec: LMSpec
@@ -128,7 +129,7 @@ class Roofline:
 
     @property
     def _speed(self) -> float:
-        return 1.0 if self.devices == 1 else self.devices * self.scaling
+        return self.devices * self.scaling ** math.log2(self.devices)
 
     @property
     def kv_bytes(self) -> int:
