@@ -435,6 +435,9 @@ class Ring(Cell):
         return {"held": held.at[at].set(x[0]), "at": (at + 1) % held.shape[0], "sum": total}, total
 
 
+FORMS = {"loop": "loop", "waves": "waves", "chosen": None}
+
+
 def forms(sizes: Sizes) -> dict[str, Any]:
     """Microseconds a step in each form, uniform and Zipf(1.2) keys, micro-batches of 4,096."""
     gru = lambda h: GRU(eqx.nn.GRUCell(FEATURES, h, key=jax.random.PRNGKey(h)))
@@ -446,7 +449,7 @@ def forms(sizes: Sizes) -> dict[str, Any]:
     keys = {name: draw(rng, sizes.keys, batch, KEYS[name]) for name in ("uniform", "zipf 1.2")}
     rows = []
     for kind, size, cell in cells:
-        made = {form: Keyed(cell, sizes.keys, form=form) for form in ("loop", "waves")}
+        made = {name: Keyed(cell, sizes.keys, form=form) for name, form in FORMS.items()}
         runs: dict[tuple[str, str], Callable[[], float]] = {}
         for form, keyed in made.items():
             for name, drawn in keys.items():
@@ -458,7 +461,7 @@ def forms(sizes: Sizes) -> dict[str, Any]:
         row["microseconds"] = times = {name: {form: spread(spent[form, name]) for form in made} for name in keys}
         row["loop_over_waves"] = {name: ratio(spent["loop", name], spent["waves", name]) for name in keys}
         rows.append(row)
-        told = (f"{name}: loop {m['loop']['median']} us, waves {m['waves']['median']} us" for name, m in times.items())
+        told = (f"{name}: " + ", ".join(f"{f} {m[f]['median']} us" for f in FORMS) for name, m in times.items())
         print(f"{kind:9}{size:5}  {row['flops']:10,.0f} flops  {row['words']:5} words", *told, sep="   ")
     return {"keys": sizes.keys, "batch": batch, "rows": rows}
 

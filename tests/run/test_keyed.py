@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from anabranch import Cell, noise
 from anabranch.cell import Learner
 from anabranch.combine import Delay
-from anabranch.run.keyed import Keyed, Spill
+from anabranch.run.keyed import Keyed
+from anabranch.run.spill import Spill
 
 D = 3
 
@@ -267,3 +268,17 @@ def test_padding_steps_a_state_like_any_other(form):
 def test_a_cell_may_hold_the_description_of_an_array():
     last = Keyed(Delay(1, like=jax.ShapeDtypeStruct((2,), jnp.float32)), capacity=10)
     assert last(["a", "a"], np.array([[1, 2], [3, 4]], np.float32)).tolist() == [[0, 0], [1, 2]]
+
+
+def test_waves_are_for_keys_that_rarely_repeat(monkeypatch):
+    from anabranch.run import keyed
+
+    taken = []
+    for name in ("_wave", "_loop"):
+        step = getattr(keyed, name)
+        monkeypatch.setattr(keyed, name, lambda *args, name=name, step=step: taken.append(name) or step(*args))
+    monkeypatch.setattr(keyed, "LOOP_FLOPS", -1)
+    last = Keyed(Delay(1, like=jnp.zeros(())), capacity=500, threads=1)
+    last(list(range(200)), np.zeros(200, np.float32))
+    last([0, 1] * 100, np.zeros(200, np.float32))
+    assert taken == ["_wave", "_loop"]

@@ -1,7 +1,5 @@
 """2BP: closed forms, rewriting any schedule, and real backward passes in two halves."""
 
-from fractions import Fraction
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ def test_closed_forms(p):
         (one_f_one_b(p, 2 * p), 6 * p, 7 * p - 1),
     ):
         trace = simulate(check(two_stage(given).plan()))
-        assert trace.makespan == makespan and Fraction(int(makespan - work), makespan) >= 0
+        assert trace.makespan == makespan
         assert set(trace.busy.tolist()) == {work}
         late = simulate(check(two_stage(given, fill="end").plan()))
         assert late.makespan >= makespan

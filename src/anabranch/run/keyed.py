@@ -13,7 +13,6 @@ Keys beyond `capacity` spill, least recently used first, to host memory and then
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,11 +27,13 @@ import pyarrow as pa
 from jaxtyping import Int32, Int64, PyTree, UInt32
 
 from anabranch.cell import Cell, State, noise
+from anabranch.run.spill import Spill, grow, oldest
 from anabranch.state import Packing
 
 LOOP_FLOPS = 100_000
-"""A step with more arithmetic than this runs in waves: `bench/keyed.py --forms` has the two cross near a GRU(128) with
-0.1 M flops, if keys are uniform; the more skewed they are, the later."""
+"""A step with more arithmetic than this runs in waves on a CPU, if a micro-batch has few events of the same key."""
+WAVE = 64
+"""So few that waves are at least as wide: with `bench/keyed.py --forms`, skewed keys take waves 10 times the loop."""
 SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a loop; a longer micro-batch runs in several."""
 
@@ -59,7 +60,7 @@ class Keyed:
         capacity: keys whose state is held ready; the others spill.
         seed: from which each key's random initial state is drawn, if the cell's `init` draws any.
         threads: shards of the keys that run side by side in the `loop` form.
-        form: "loop" or "waves"; by default chosen by the arithmetic of a step.
+        form: "loop" or "waves"; by default chosen by the arithmetic of a step and, on a CPU, how often keys repeat.
         memory: keys held in host memory beyond `capacity`, before the disk is used.
         folder: where keys spill on disk; by default a temporary folder.
 
@@ -94,6 +95,7 @@ class Keyed:
         if form not in (None, "loop", "waves"):
             raise ValueError(f"form must be 'loop' or 'waves', got {form!r}")
         self.cell, self.capacity, self.seed, self._form = cell, capacity, seed, form
+        self._by_skew = form is None and jax.default_backend() == "cpu"
         # Every key has a number, free again when the key is forgotten; all else is arrays over these numbers or over
         # slots.
         self._numbers: dict[Hashable, int] = {}
@@ -158,7 +160,7 @@ class Keyed:
         return self._step(self._number(keys), leaves, tree)
 
     def form(self, x: PyTree) -> str:
-        """Which form micro-batches of inputs like `x` run in."""
+        """Which form micro-batches of inputs like `x` run in; on a CPU those with many events of one key do not."""
         if self._form is None:
             flops = _flops(self.cell, x)
             self._form = "loop" if jax.default_backend() == "cpu" and flops <= LOOP_FLOPS else "waves"
@@ -175,12 +177,15 @@ class Keyed:
         self._dirty[numbers] = True
         slots = self._place[numbers]
         shard, local = slots % self._shards, (slots // self._shards).astype(np.int32)
-        step, sizes = (_wave, WIDTHS) if self._form == "waves" else (_loop, SIZES)
+        waves = self._form == "waves"
+        if waves and self._by_skew:
+            waves = n >= WAVE * np.unique(slots, return_counts=True)[1].max()
+        step, sizes = (_wave, WIDTHS) if waves else (_loop, SIZES)
         done = []
 
         def run(i: int) -> None:
             mine = np.flatnonzero(shard == i)
-            for part in _waves(mine, local) if self._form == "waves" else _cut([mine], SIZES[-1]):
+            for part in _waves(mine, local) if waves else _cut([mine], SIZES[-1]):
                 at, *x = self._stage(i, part, [local, *xs], sizes)
                 x = jax.tree.unflatten(tree, x)
                 self._rows[i], ys = step(self._kind, self._weights, self._rows[i], at, np.int32(len(part)), x)
@@ -304,8 +309,8 @@ class Keyed:
     def _make_room(self, count: int) -> None:
         if count > len(self._place):
             size = max(1024, 2 * count)
-            self._place = _grow(self._place, size, _NOWHERE)
-            self._dirty, self._renamed = _grow(self._dirty, size, False), _grow(self._renamed, size, False)
+            self._place = grow(self._place, size, _NOWHERE)
+            self._dirty, self._renamed = grow(self._dirty, size, False), grow(self._renamed, size, False)
 
     def _admit(self, numbers: np.ndarray) -> None:
         """Make the states of these keys ready: made if new, fetched if spilled."""
@@ -335,7 +340,7 @@ class Keyed:
     def _evict(self, need: int) -> None:
         # Some more than needed, so that the search for the oldest is paid once for many.
         old = np.flatnonzero((self._owner >= 0) & (self._used < self._batch))
-        leave = _oldest(old, self._used[old], max(need, self.capacity // 16))
+        leave = oldest(old, self._used[old], max(need, self.capacity // 16))
         moved, places = self._spill.put(self._gather(leave), self._owner[leave])
         self._place[moved] = -1 - places
         self._owner[leave] = -1
@@ -454,95 +459,12 @@ _NOWHERE = np.iinfo(np.int64).min
 """The place of a key whose state has not been made."""
 
 
-class Spill:
-    """Rows that are not held ready: the most recent `memory` of them in host memory, older ones in a file.
-
-    Rows are numbered; those from `memory` on are on disk.
-    """
-
-    def __init__(self, words: int, memory: int, folder: str | Path | None):
-        self.words, self.memory, self._folder = words, memory, folder
-        self._held = np.empty((0, words), np.uint32)
-        self._disk: np.ndarray = np.empty((0, words), np.uint32)
-        self._file: Any = None
-        self._owner = np.empty(0, np.int64)  # over rows in memory; -1 where free
-        self._stamp = np.empty(0, np.int64)
-        self._taken = np.empty(0, bool)  # over rows on disk
-        self._clock = 0
-
-    def put(self, rows: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keep these rows. Returns every key that moved, and the row where it is now."""
-        live = np.flatnonzero(self._owner >= 0)
-        extra = len(live) + len(rows) - self.memory
-        moved, places = [], []
-        if extra > 0 and len(live):  # what has been here longest goes to disk
-            leave = _oldest(live, self._stamp[live], max(extra, len(live) // 16))
-            moved.append(self._owner[leave])
-            places.append(self._to_disk(self.take(leave)))
-            extra -= len(leave)
-        stay = len(rows) - max(0, extra)
-        moved.append(owners)
-        places += [self._to_memory(rows[:stay], owners[:stay]), self._to_disk(rows[stay:])]
-        return np.concatenate(moved), np.concatenate(places)
-
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        """Give these rows back and forget them."""
-        rows = self.read(ids)
-        self._owner[ids[ids < self.memory]] = -1
-        self._taken[ids[ids >= self.memory] - self.memory] = False
-        return rows
-
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Copies of these rows."""
-        rows = np.empty((len(ids), self.words), np.uint32)
-        disk = ids >= self.memory
-        rows[~disk] = self._held[ids[~disk]]
-        rows[disk] = self._disk[ids[disk] - self.memory]
-        return rows
-
-    def _to_memory(self, rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
-        free = np.flatnonzero(self._owner < 0)[: len(rows)]
-        if len(free) < len(rows):
-            size = min(self.memory, max(1024, 2 * (len(self._owner) + len(rows))))
-            self._held = _grow(self._held, size, 0)
-            self._owner, self._stamp = _grow(self._owner, size, -1), _grow(self._stamp, size, 0)
-            free = np.flatnonzero(self._owner < 0)[: len(rows)]
-        self._held[free], self._owner[free] = rows, owners
-        self._clock += 1
-        self._stamp[free] = self._clock
-        return free
-
-    def _to_disk(self, rows: np.ndarray) -> np.ndarray:
-        free = np.flatnonzero(~self._taken)[: len(rows)]
-        if len(free) < len(rows):
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="anabranch-spill-", dir=self._folder)
-            size = max(1024, 2 * (len(self._taken) + len(rows)))
-            self._taken = _grow(self._taken, size, False)
-            self._file.truncate(size * self.words * 4)
-            self._disk = np.memmap(self._file, np.uint32, "r+", shape=(size, self.words))
-            free = np.flatnonzero(~self._taken)[: len(rows)]
-        self._disk[free], self._taken[free] = rows, True
-        return free + self.memory
-
-
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Zeros that XLA can use where they are: it copies arrays that do not begin on a cache line."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _oldest(ids: np.ndarray, stamps: np.ndarray, count: int) -> np.ndarray:
-    count = min(len(ids), count)
-    return ids[np.argpartition(stamps, count - 1)[:count]]
-
-
-def _grow(array: np.ndarray, size: int, fill: Any) -> np.ndarray:
-    out = np.full((size, *array.shape[1:]), fill, array.dtype)
-    out[: len(array)] = array
-    return out
 
 
 def _cut(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:

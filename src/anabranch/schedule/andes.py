@@ -31,7 +31,7 @@ from anabranch.schedule.serving import (
     Result,
     Scheduler,
     View,
-)  # fmt: skip
+)
 
 
 def read_at(emitted: Float64[np.ndarray, " l"], tds: float) -> Float64[np.ndarray, " l"]:

@@ -65,10 +65,10 @@ def admit(
         take = left if whole else min(left, budget)
         if take <= 0 or seats <= 0 or (whole and take > budget and found):
             break
-        begun = view.status[slot] == PREFILLING
         # A prompt is let in only if all of it will fit: half of one would hold blocks that nobody else can have.
         need = int(view.need(view.prompt[slot]) - view.blocks[slot])
-        if need > free - (0 if begun else keep) and (found or free < view.total_blocks or need > free):
+        begun = view.status[slot] == PREFILLING
+        if need > free - (0 if begun or free == view.total_blocks else keep):
             break
         free, budget, seats = free - need, budget - take, seats - 1
         found[slot] = take
@@ -76,12 +76,24 @@ def admit(
 
 
 class FCFS(Scheduler):
-    """Whole prompts before everything else, first come first; the way of vLLM before chunked prefill."""
+    """Whole prompts before everything else, first come first; the way of vLLM before chunked prefill.
+
+    A scheduler that lets prompts in by another order, or fewer at once, overrides `order` or `budget`.
+    """
+
+    def order(self, x: View) -> list[int]:
+        """The slots of prompts, the next one first."""
+        return prompts(x)
+
+    def budget(self, x: View) -> int:
+        """Tokens of the prompts that go together."""
+        return x.max_tokens
 
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, _ = running(x)
         if not len(preempted):
-            found = admit(x, prompts(x), x.free_blocks, x.max_tokens, x.max_seqs - len(decode), whole=True)
+            seats = x.max_seqs - len(decode)
+            found = admit(x, self.order(x), x.free_blocks, self.budget(x), seats, whole=True)
             if found:
                 return state, batch(x, decode[:0], preempted, found)
         return state, batch(x, decode, preempted, {})
@@ -117,16 +129,10 @@ class Chunked(Scheduler):
         return state, batch(x, decode, preempted, found)
 
 
-class SRPT(Scheduler):
+class SRPT(FCFS):
     """As FCFS, the shortest request first, by lengths that no real scheduler knows."""
 
     oracle: ClassVar[bool] = True
 
-    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
-        decode, preempted, _ = running(x)
-        if not len(preempted):
-            order = sorted(prompts(x), key=lambda slot: (x.prompt[slot] - x.done[slot] + x.limit[slot], x.id[slot]))
-            found = admit(x, order, x.free_blocks, x.max_tokens, x.max_seqs - len(decode), whole=True)
-            if found:
-                return state, batch(x, decode[:0], preempted, found)
-        return state, batch(x, decode, preempted, {})
+    def order(self, x: View) -> list[int]:
+        return sorted(prompts(x), key=lambda slot: (x.prompt[slot] - x.done[slot] + x.limit[slot], x.id[slot]))

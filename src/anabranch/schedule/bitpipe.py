@@ -37,7 +37,7 @@ from anabranch.schedule.base import (
     bubble,
     interleaved,
     simulate,
-)  # fmt: skip
+)
 
 __all__ = ["Costs", "bitpipe", "bubble", "chimera", "interleaved", "simulate", "sync"]
 

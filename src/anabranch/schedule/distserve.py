@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import equinox as eqx
 
-from anabranch.schedule.baselines import admit, batch, prompts, running
+from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.serving import Engine, Load, Result, Scheduler, View, goodput, simulate_serving
+from anabranch.schedule.serving import Engine, Load, Result, View, goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 
-class DistServe(Scheduler):
+class DistServe(FCFS):
     """Prompts first come first, several at once only while they do not saturate a device; decodes all together.
 
     For engines with the roles "prefill" and "decode".
@@ -43,13 +43,8 @@ class DistServe(Scheduler):
         if self.saturating < 1:
             raise ValueError(f"saturating must be positive, got {self.saturating}")
 
-    def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
-        decode, preempted, _ = running(x)
-        if not len(preempted):
-            found = admit(x, prompts(x), x.free_blocks, self.saturating, x.max_seqs - len(decode), whole=True)
-            if found:
-                return state, batch(x, decode[:0], preempted, found)
-        return state, batch(x, decode, preempted, {})
+    def budget(self, x: View) -> int:
+        return self.saturating
 
     def route(self, engines: list[Load], request: int) -> int:
         """The engine with fewest tokens to prefill."""

@@ -41,7 +41,7 @@ from anabranch.schedule.base import (
     loop,
     positive,
     simulate,
-)  # fmt: skip
+)
 
 __all__ = ["Costs", "bubble", "grouped_interleaved", "offload", "po_full", "po_half", "simulate"]
 

@@ -33,7 +33,7 @@ from anabranch.schedule.base import (
     interleaved,
     one_f_one_b,
     positive,
-)  # fmt: skip
+)
 from anabranch.schedule.controllable_memory import v_half, v_min
 from anabranch.schedule.pipeoffload import grouped_interleaved
 from anabranch.schedule.two_stage_backprop import two_stage

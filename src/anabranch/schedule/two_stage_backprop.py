@@ -41,7 +41,7 @@ from anabranch.schedule.base import (
     gpipe,
     one_f_one_b,
     simulate,
-)  # fmt: skip
+)
 
 __all__ = ["bubble", "gpipe", "measure", "naive", "one_f_one_b", "simulate", "split_vjp", "two_stage"]
 

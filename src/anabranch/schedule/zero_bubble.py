@@ -44,7 +44,7 @@ from anabranch.schedule.base import (
     schedule,
     simulate,
     v_shape,
-)  # fmt: skip
+)
 
 __all__ = [
     "Costs", "PostValidation", "auto_schedule", "bubble", "simulate", "zb_h1", "zb_h2", "zb_v",

@@ -41,7 +41,7 @@ from anabranch.schedule.base import (
     positive,
     schedule,
     simulate,
-)  # fmt: skip
+)
 
 __all__ = ["Costs", "Shards", "breadth_first", "bubble", "choose_unit", "sharded", "simulate", "traffic", "zeropp"]
 
