@@ -6,8 +6,9 @@ every micro-batch, interleaved 1F1B for every p of them, breadth first once. Fig
 each.
 
 Neither the paper's abstract nor the formulas fix the number of micro-batches, and what breadth first loses does not
-grow with it. The thresholds are for 15, one unit of 2p - 1, where breadth first holds as many activations. The notes
-have 30, where it holds twice as many, and groups that gather at 25 GB/s. The paper's figures are of real GPUs; that
+grow with it. So the thresholds are asked for 15, one unit of 2p - 1, where breadth first holds as many activations, and
+for 30, where it holds twice as many and is hardly slower: there the claim fails. The notes have groups that gather at
+25 GB/s. The paper's figures are of real GPUs; that
 memory is below 1F1B's is not reproduced: activations and gathered weights of all schedules are in the notes.
 Weights were not sharded in the step whose gradients are compared: a plan with AG and RS is only simulated.
 """
@@ -77,21 +78,18 @@ def experiment(size: Size) -> list[Comparison]:
     one, two, slow = simulated(15, 200e9), simulated(15 if size.smoke else 30, 200e9), simulated(15, 25e9)
     notes = [described(15, one), described(30, two), "gathering at 25 GB/s, " + described(15, slow)]
     ours, out = f"U={2 * P - 1}", [closed_form((3,) if size.smoke else (3, 4, 8))]
-    for other, threshold, paper in (
-        ("breadth first", 1.10, "up to 30 % more throughput than breadth-first"),
-        ("1F1B", 1.2, "up to 68 % more than 1F1B, with 10 % less memory"),
-    ):
-        out.append(
-            Comparison(
-                f"steps a second over {other}, m=15",
-                [1 / one[ours].makespan],
-                [1 / one[other].makespan],
-                threshold,
-                kind="ratio",
-                paper=paper,
-                note=" | ".join(notes) if other == "breadth first" else "",
-            )
-        )
+    for m, traces in ({15: one} if size.smoke else {15: one, 30: two}).items():
+        for other, threshold, paper in (
+            ("breadth first", 1.10, "up to 30 % more throughput than breadth-first"),
+            ("1F1B", 1.2, "up to 68 % more than 1F1B, with 10 % less memory"),
+        ):
+            out.append(
+                Comparison(
+                    f"steps a second over {other}, m={m}", [1 / traces[ours].makespan], [1 / traces[other].makespan],
+                    threshold, kind="ratio", paper=paper,
+                )
+            )  # fmt: skip
+    out[1].note = " | ".join(notes)
     m = 30 if size.smoke else 120
     units = {8: 15, 12: 10, 15: 8} if not size.smoke else {15: 2}
     worst = 0.0

@@ -30,10 +30,11 @@ from anabranch.cell import Cell, State, noise
 from anabranch.run.spill import Spill, grow, oldest
 from anabranch.state import Packing
 
-LOOP_FLOPS = 100_000
-"""A step with more arithmetic than this runs in waves on a CPU, if a micro-batch has few events of the same key."""
+LOOP_FLOPS = 300_000
+"""A step with more arithmetic than this runs in waves on a CPU, if a micro-batch has few events of the same key. With
+`bench/keyed.py --forms` and uniform keys a GRU(128), 0.1 M flops, is faster in the loop, a GRU(512), 1.6 M, in waves."""
 WAVE = 64
-"""So few that waves are at least as wide: with `bench/keyed.py --forms`, skewed keys take waves 10 times the loop."""
+"""So few that waves are at least as wide. With skewed keys waves take 4 to 10 times as long as the loop."""
 SIZES = (256, 4096, 32768, 131_072)
 """Compiled lengths of a loop; a longer micro-batch runs in several."""
 
@@ -59,7 +60,7 @@ class Keyed:
         cell: any cell that is not coupled.
         capacity: keys whose state is held ready; the others spill.
         seed: from which each key's random initial state is drawn, if the cell's `init` draws any.
-        threads: shards of the keys that run side by side in the `loop` form.
+        threads: shards of the keys that run side by side.
         form: "loop" or "waves"; by default chosen by the arithmetic of a step and, on a CPU, how often keys repeat.
         memory: keys held in host memory beyond `capacity`, before the disk is used.
         folder: where keys spill on disk; by default a temporary folder.
