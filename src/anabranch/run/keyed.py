@@ -32,7 +32,7 @@ from anabranch.state import Packing
 
 LOOP_FLOPS = 300_000
 """A step with more arithmetic than this runs in waves on a CPU, if a micro-batch has few events of the same key. By
-`bench/keyed.py --forms`, uniform keys, a GRU(128) of 0.1 M flops is faster in the loop, a GRU(512) of 1.6 M in waves."""
+`bench/keyed.py --forms`, uniform keys, a GRU(128) of 0.1 M flops is quicker in the loop, a GRU(512) in waves."""
 WAVE = 64
 """So few that waves are at least as wide. With skewed keys waves take 4 to 10 times as long as the loop."""
 SIZES = (256, 4096, 32768, 131_072)
