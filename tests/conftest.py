@@ -19,3 +19,19 @@ def data():
         return root()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct with room for 256 tokens, and its vocabulary; skipped where it has not been fetched."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    from anabranch.models import weights
+    from anabranch.models.llama import Decoder
+    from anabranch.models.tokens import Tokens
+
+    try:
+        file = weights.smollm2_file()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return Decoder(weights.load(file), 256), Tokens.of(file)

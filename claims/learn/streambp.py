@@ -33,7 +33,8 @@ from anabranch import data
 from anabranch.claim import Comparison, Size
 from anabranch.fit import Backprop, epochs, fit
 from anabranch.learn.streambp import StreamBP, chunked_xent, next_tokens, prefix_attention
-from anabranch.models.llama import Block, Config, Llama, smollm2
+from anabranch.models.llama import Block, Config, Llama
+from anabranch.models.weights import smollm2
 
 FIRST_SEED = 100  # those below were used while writing
 BUDGET = 6 * 2**30

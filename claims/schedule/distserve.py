@@ -1,10 +1,11 @@
 """DistServe: engines that only prefill and others that only decode meet tight goals at higher rates.
 
 Simulated: four engines with the times that DistServe published for OPT-13B on an A100, for both sides, so that only
-scheduling differs; lengths of Azure's code and conversation traces, arriving as Poisson. Goals: the first token within
-three times the prefill of the p90 prompt (code 2.22 s, conversations 1.05 s), and 35, 45, 60 or 100 ms a token, for
-nine requests in ten. Baselines: four engines that do both, prompts first (FCFS) or in chunks of 512. The split of four
-engines in two kinds is chosen on one half of the trace and tested on the other.
+scheduling differs; lengths of Azure's code and conversation traces, 300 requests of each, arriving as Poisson. Goals:
+the first token within three times the prefill of the p90 prompt (code 2.22 s, conversations 1.05 s), and 35, 45, 60 or
+100 ms a token (conversations 35 and 100 only, unless `--full`), for nine requests in ten. Baselines: four engines that
+do both, prompts first (FCFS) or in chunks of 512. The split of four engines in two kinds is chosen on one half of the
+trace and tested on the other.
 
 Whether a device is better shared depends on the goal: with 100 ms a token memory for decodes decides, and two kinds of
 engines lose. The whole grid is printed. Not shown: any GPU; the paper's 4.48 x is of 32 A100 with other models.
@@ -26,22 +27,23 @@ TPOT = (0.035, 0.045, 0.06, 0.1)
 
 def halves(name: str, size: Size) -> tuple[Workload, Workload]:
     """Requests to choose the split by, and others to test it with."""
-    load, n = Workload.azure(name), 15 if size.smoke else 600
+    load, n = Workload.azure(name), 15 if size.smoke else 300
     return load.head(n), load.take(slice(len(load) // 2, len(load) // 2 + n))
 
 
 def rate(
-    load: Workload, engines: list[Engine], scheduler: Scheduler, goals: Goals, seed: int, close: float = 0.02
+    load: Workload, engines: list[Engine], scheduler: Scheduler, goals: Goals, seed: int, close: float = 0.04
 ) -> float:
     serve = lambda load: simulate_serving(load, engines, scheduler)
     make = lambda rate: load.poisson(rate, seed)
     return goodput(make, serve, ttft=goals.ttft, tpot=goals.tpot, at=goals.at, high=40.0, close=close)
 
 
-def queue(n: int) -> Comparison:
+def queue(most: int) -> Comparison:
     """The simulator against the formula for equal prompts."""
     worst, service = 0.0, 0.1
     for load in (0.3, 0.6, 0.8):
+        n = most if load > 0.7 else most // 3  # the more is waiting, the more chance there is in its mean
         requests = Workload(np.zeros(n), np.full(n, 600), np.full(n, 1)).poisson(load / service, FIRST_SEED)
         found = simulate_serving(requests, [Engine(Fitted((1e3 * service, 0.0, 0.0)))], DistServe())
         worst = max(worst, abs(found.ttft.mean() / ttft_md1(load / service, service) - 1))
@@ -55,7 +57,7 @@ def experiment(size: Size) -> list[Comparison]:
     said, gap = [], []
     for name in ("code",) if size.smoke else ("code", "conv"):
         train, test = halves(name, size)
-        for tpot in TPOT[:1] if size.smoke else TPOT:
+        for tpot in TPOT[:1] if size.smoke else TPOT if name == "code" or size.full else (TPOT[0], TPOT[-1]):
             goals = Goals(TTFT[name], tpot)
             chosen = best_split(lambda rate, load=train: load.poisson(rate, 0), engine, 4, goals, high=40.0)
             sides: dict[str, tuple[list[Engine], Scheduler]] = {
@@ -63,8 +65,9 @@ def experiment(size: Size) -> list[Comparison]:
             }  # fmt: skip
             for side, (engines, scheduler) in sides.items():
                 found[name, tpot, side] = [rate(test, engines, scheduler, goals, seed) for seed in seeds]
-            best = max(rate(test, some, DistServe(), goals, seeds[0]) for some in splits(engine, 4))
-            gap.append(found[name, tpot, "DistServe"][0] / best)
+            if name == "code" and tpot == TPOT[0]:
+                best = max(rate(test, some, DistServe(), goals, seeds[0]) for some in splits(engine, 4))
+                gap.append(found[name, tpot, "DistServe"][0] / best)
             means = ", ".join(f"{side} {np.mean(found[name, tpot, side]):.2f}" for side in sides)
             prefills = sum(one.role == "prefill" for one in chosen)
             said.append(f"{name}, {1e3 * tpot:.0f} ms: {means} ({prefills} prefill)")
@@ -95,6 +98,6 @@ def experiment(size: Size) -> list[Comparison]:
             "time of hand-over, share of all work", [moved.transfer / moved.busy], [0], 0.05, better="lower",
             note=f"at 300 GB/s; at 12.5 GB/s {ethernet.transfer / ethernet.busy:.3f}",
         ),
-        Comparison("goodput of the split chosen over that of the best one", [min(gap)], [1.0], 0.95, kind="ratio"),
+        Comparison("split chosen against the best one, code at 35 ms", gap, [1.0], 0.95, kind="ratio"),
         queue(1000 if size.smoke else 60_000),
     ]  # fmt: skip

