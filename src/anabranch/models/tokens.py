@@ -25,11 +25,22 @@ PIECES = {
 """How text is cut before pairs of bytes are merged, by `tokenizer.ggml.pre`."""
 
 
+def _bytes() -> dict[str, int]:
+    """The letters in which byte-level vocabularies write bytes: printable ones as they are, the others from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTES = _bytes()
+
+
 class Tokens:
     """A byte-level BPE vocabulary with its special tokens and chat template."""
 
     def __init__(self, tokenizer: Any, stop: set[int], template: str | None):
         self.tokenizer, self.stop, self.template = tokenizer, stop, template
+        self.added = set(tokenizer.get_added_tokens_decoder())
         """`stop`: tokens that end an answer."""
 
     @classmethod
@@ -72,6 +83,11 @@ class Tokens:
     def decode(self, tokens: Iterable[int], special: bool = False) -> str:
         """Text; half of a character becomes U+FFFD. `special` keeps the special tokens."""
         return self.tokenizer.decode([int(i) for i in tokens], skip_special_tokens=not special)
+
+    def bytes(self, token: int) -> bytes:
+        """What a token adds to a text; nothing for special ones and those that are none."""
+        name = self.tokenizer.id_to_token(token)
+        return b"" if name is None or token in self.added else bytes(BYTES[letter] for letter in name)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """A conversation of `{"role": ..., "content": ...}`, up to where the assistant answers.
