@@ -219,7 +219,7 @@ def plainly(pairs, x, seen, goals, step, most):
         if told(x[one] / sum(x)) <= goals[one]:
             break
         if x[one] + step > 100:
-            x[1 - one] = max(x[1 - one] - step, step)
+            x[1 - one] = max(x[1 - one] - step, min(x[1 - one], step))
         else:
             x[one] += step
     return x
@@ -237,7 +237,7 @@ def test_the_adjustment_is_that_of_a_plain_one():
             seen = np.where(rng.random(2) < 0.1, np.nan, seen * rng.uniform(0.8, 1.2, 2)).astype(np.float32)
             pairs.insert(0, (x, seen))
             expected = plainly(pairs, x, seen, goals, 5.0, 4)
-            state, found = adjusted(model, state, np.array(x, np.float32), seen, goals, np.float32(5), 4)
+            state, found = adjusted(model, state, np.array(x), seen, goals, 5.0, 4)
             np.testing.assert_allclose(found, expected, atol=1e-3)
             assert 5 <= min(expected) and max(expected) <= 100
             moved += expected != x
@@ -255,10 +255,9 @@ def test_the_adjustment_is_that_of_a_plain_one():
     ],
 )  # fmt: skip
 def test_algorithm_1_after_one_window(shares, seen, after):
-    goals = np.array([0.5, 0.1], np.float32)
+    goals = np.array([0.5, 0.1])
     model = LatencyModel()
-    as_float = lambda pair: np.array(pair, np.float32)
-    _, found = adjusted(model, model.init(), as_float(shares), as_float(seen), goals, np.float32(5), 4)
+    _, found = adjusted(model, model.init(), np.array(shares, float), np.array(seen), goals, 5.0, 4)
     np.testing.assert_allclose(found, after)
 
 

@@ -122,38 +122,38 @@ def example() -> tuple[LatencyModel, Event]:
     rng = np.random.default_rng(0)
     x = rng.uniform(0.3, 0.7, 24).astype(np.float32)
     target = np.stack([0.05 / (x - 0.2) + 0.1, 0.01 / (1 - x) + 0.005], 1) * rng.uniform(0.9, 1.1, (24, 2))
-    valid = np.arange(24) % 5 > 0
-    return LatencyModel(), Event(
-        np.stack([x, 1 - x], 1), Maybe(target.astype(np.float32), valid), np.ones(24, np.float32)
-    )
+    known = Maybe(target.astype(np.float32), np.arange(24) % 5 > 0)
+    return LatencyModel(), Event(np.stack([x, 1 - x], 1), known, np.ones(24, np.float32))
 
 
 @eqx.filter_jit
 def adjusted(
-    model: LatencyModel, state: Latencies, shares: Float[Array, " 2"], seen: Float[Array, " 2"],
-    goals: Float[Array, " 2"], step: Float[Array, ""], most: int,
+    model: LatencyModel, state: Latencies, shares: Float[np.ndarray, " 2"], seen: Float[np.ndarray, " 2"],
+    goals: Float[np.ndarray, " 2"], step_size: float, max_step: int,
 ) -> tuple[Latencies, Float[Array, " 2"]]:  # fmt: skip
     """Algorithm 1 of the paper at the end of a window: what is learned, and the shares from here on.
 
     Arguments:
         shares: of prefill and decode, percent.
         seen: TTFT and TPOT of the window at the percentile of the goals; NaN where there was none.
-        most: steps at once.
+        step_size: percent.
+        max_step: steps at once.
     """
     part = lambda shares: shares / shares.sum()
-    state = model.learn(state, part(shares), seen)
-    failed = seen > goals
+    x, observed, goal = (jnp.asarray(one, jnp.float32) for one in (shares, seen, goals))
+    state = model.learn(state, part(x), observed)
+    failed = observed > goal
     # Nothing can be given where both miss their goals, need not be where both hold, and is not where one is not seen.
     one = jnp.argmax(failed)
-    moves = (failed.sum() == 1) & jnp.isfinite(seen).all()
+    moves = (failed.sum() == 1) & jnp.isfinite(observed).all()
 
-    def turn(_, shares):
-        up = shares.at[one].add(step)
-        down = shares.at[1 - one].set(jnp.maximum(shares[1 - one] - step, step))
-        wanted = model.predict(state, part(shares))[one] > goals[one]
-        return jnp.where(moves & wanted, jnp.where(up[one] > 100, down, up), shares)
+    def turn(_, x):
+        up = x.at[one].add(step_size)
+        down = x.at[1 - one].set(jnp.maximum(x[1 - one] - step_size, jnp.minimum(x[1 - one], step_size)))
+        wanted = model.predict(state, part(x))[one] > goal[one]
+        return jnp.where(moves & wanted, jnp.where(up[one] > 100, down, up), x)
 
-    return state, jax.lax.fori_loop(0, most, turn, shares)
+    return state, jax.lax.fori_loop(0, max_step, turn, x)
 
 
 class Fixed(NamedTuple):
@@ -213,7 +213,7 @@ class Control(NamedTuple):
     """In this window."""
     seen: Float32[np.ndarray, "2 window"]
     """TTFTs and TPOTs of this window, seconds; NaN where there is none yet."""
-    count: Int64[np.ndarray, " 2"]
+    n: Int64[np.ndarray, " 2"]
     """How many there were of each; the last `window` are kept."""
     model: Latencies
 
@@ -230,8 +230,8 @@ class SemiPD(FixedShares):
         shares: to begin with, percent.
         window: iterations of both workers from one adjustment to the next.
         percentile: of the requests for which the goals are.
-        step: percent.
-        most: steps in one adjustment.
+        step_size: percent.
+        max_step: steps in one adjustment.
 
     Raises:
         ValueError: if a goal, the window or a step is not positive, or the percentile is not within 0 and 100.
@@ -242,12 +242,12 @@ class SemiPD(FixedShares):
     shares: tuple[float, float] = eqx.field(static=True, default=(60.0, 60.0))
     window: int = eqx.field(static=True, default=50)
     percentile: float = eqx.field(static=True, default=90.0)
-    step: float = eqx.field(static=True, default=5.0)
-    most: int = eqx.field(static=True, default=4)
+    step_size: float = eqx.field(static=True, default=5.0)
+    max_step: int = eqx.field(static=True, default=4)
     model: LatencyModel = LatencyModel()
 
     def __check_init__(self):
-        for name in ("ttft", "tpot", "window", "step", "most"):
+        for name in ("ttft", "tpot", "window", "step_size", "max_step"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.percentile <= 100:
@@ -262,10 +262,10 @@ class SemiPD(FixedShares):
         through = decision.prefill > 0
         first = now - x.arrival[through & (x.preempted == 0)]
         phase, found = (0, first) if through.any() else (1, np.array([feedback]))
-        seen, count = state.seen.copy(), state.count.copy()
-        seen[phase, (count[phase] + np.arange(len(found))) % self.window] = found
-        count[phase] += len(found)
-        state = Control(state.shares, state.iterations + 1, seen, count, state.model)
+        seen, n = state.seen.copy(), state.n.copy()
+        seen[phase, (n[phase] + np.arange(len(found))) % self.window] = found
+        n[phase] += len(found)
+        state = Control(state.shares, state.iterations + 1, seen, n, state.model)
         return self._adjust(state, x, now, through) if state.iterations >= self.window else state
 
     def _adjust(self, state: Control, view: View, now: float, through: np.ndarray) -> Control:
@@ -273,13 +273,12 @@ class SemiPD(FixedShares):
         waiting = view.arrival[(view.id >= 0) & np.isnan(view.first_emit) & ~through]
         ttft = np.append(state.seen[0], now - waiting.min() if len(waiting) else np.nan)
         both = [one[np.isfinite(one)] for one in (ttft, state.seen[1])]
-        seen = np.array([np.percentile(one, self.percentile) if len(one) else np.nan for one in both], np.float32)
-        goals = np.array([self.ttft, self.tpot], np.float32)
-        model, shares = adjusted(
-            self.model, state.model, np.array(state.shares, np.float32), seen, goals, np.float32(self.step), self.most
-        )
+        seen = np.array([np.percentile(one, self.percentile) if len(one) else np.nan for one in both])
+        goals = np.array([self.ttft, self.tpot])
+        shares = np.array(state.shares)
+        model, shares = adjusted(self.model, state.model, shares, seen, goals, self.step_size, self.max_step)
         x, y = np.asarray(shares).tolist()
-        return Control((x, y), 0, np.full_like(state.seen, np.nan), 0 * state.count, model)
+        return Control((x, y), 0, np.full_like(state.seen, np.nan), 0 * state.n, model)
 
 
 class UnifiedBlocks:
