@@ -10,7 +10,7 @@ Units: seconds, bytes, floating-point operations, tokens.
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -114,6 +114,30 @@ MODELS = {
 }
 
 
+def side_by_side(cost: Any, works: list[Work]) -> list[float]:
+    """Seconds of iterations on one device, each as long as the others run beside it.
+
+    Units: each iteration has its share; if the shares are more than 1 together, they are cut in proportion. Bandwidth:
+    each draws what it needs, whatever its share of the units; if two together need more than there is, the one that
+    needs less has its way up to a half, and the other what is left.
+
+        >>> cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
+        >>> alone = Work(decode=np.array([1000] * 8))  # bound by bandwidth, also on half of the units
+        >>> one, two = side_by_side(cost, [alone]), side_by_side(cost, [alone._replace(share=0.5)] * 2)
+        >>> bool(1.9 < two[0] / one[0] < 2)  # but not by it alone
+        True
+    """
+    scale = max(1.0, sum(work.share for work in works))
+    works = [work._replace(share=work.share / scale) for work in works]
+    seconds = [cost.iteration(work) for work in works]
+    if len(works) < 2:
+        return seconds
+    traffic = [cost.traffic(work) for work in works]
+    both = list(zip(traffic, seconds, strict=True))
+    part = max(0.5, 1 - min(bus / time if bus else 0.0 for bus, time in both))
+    return [max(time, bus / part) for bus, time in both]
+
+
 @dataclass(frozen=True)
 class Roofline:
     """Time by the larger of arithmetic and memory traffic, of a model spread over `devices` by tensor parallelism.
@@ -157,29 +181,33 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-        return float(
-            self._seconds(
-                work, float(chunk.sum()), float((chunk * (context + chunk / 2)).sum()), float(context.sum()),
-                float(work.decode.sum()),
-            )
-        )  # fmt: skip
+        return float(self._seconds(*self._parts(work, float(work.decode.sum()))))
+
+    def traffic(self, work: Work) -> float:
+        """Seconds for which an iteration needs all of the memory's bandwidth."""
+        return float(self._parts(work, float(work.decode.sum()))[1])
 
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""
         total = float(decode.sum()) + len(decode) * np.arange(k)
-        return np.asarray(self._seconds(Work(decode=decode), 0.0, 0.0, 0.0, total))
+        return np.asarray(self._seconds(*self._parts(Work(decode=decode), total)))
 
-    def _seconds(self, work: Work, tokens: float, pairs: float, before: float, decoded):
-        spec, n = self.spec, len(work.decode)
+    def _seconds(self, compute, memory):
+        return np.maximum(compute, memory) + self.device.launch * self.spec.layers
+
+    def _parts(self, work: Work, decoded):
+        """Seconds of arithmetic and of memory traffic, with so many tokens in the caches of those that decode."""
+        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
+        spec, n, tokens = self.spec, len(work.decode), float(chunk.sum())
+        pairs = float((chunk * (context + chunk / 2)).sum())
         width = spec.heads * spec._width
         flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
         flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
-        kv = spec.kv_bytes * (work.layers * (before + tokens) + decoded + n)
+        kv = spec.kv_bytes * (work.layers * (float(context.sum()) + tokens) + decoded + n)
         reached, speed = self.device.reached, self._speed
         compute = flops / (reached[0] * self.device.flops * speed * work.share)
         memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * speed)
-        return np.maximum(compute, memory) + self.device.launch * spec.layers
+        return compute, memory
 
 
 @dataclass(frozen=True)
@@ -211,6 +239,10 @@ class Fitted:
             a, b, c = self.decode if n < self.threshold else self.large
             constant, rest = max(constant, a), rest + b * work.decode.sum() + c * n
         return float(constant + rest) / 1e3 / work.share
+
+    def traffic(self, work: Work) -> float:
+        """Seconds of bandwidth: none, since these times do not tell them from arithmetic."""
+        return 0.0
 
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""

@@ -8,7 +8,9 @@
     (10000, True)
 
 A scheduler reads nothing but its `View`, so that one object runs here and drives live sessions. An engine runs one
-iteration after the other; what an iteration takes says its cost (`cluster.py`).
+iteration after the other; what an iteration takes says its cost (`cluster.py`). An engine with two workers has a loop
+for prompts and one for decodes, on the same weights and blocks; their iterations slow each other by `side_by_side`, and
+the end of one moves whenever another starts or stops beside it.
 """
 
 import heapq
@@ -21,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64
 
 from anabranch.cell import Policy, State
-from anabranch.schedule.cluster import Work
+from anabranch.schedule.cluster import Work, side_by_side
 from anabranch.schedule.workload import Workload
 
 EMPTY, WAITING, PREFILLING, DECODING, SWAPPED, DONE = range(6)
@@ -65,6 +67,8 @@ class View(NamedTuple):
     """In an iteration."""
     max_seqs: int
     """Requests in an iteration."""
+    worker: str = "both"
+    """Whose next iteration it is: `prefill` or `decode` in an engine with two workers."""
 
     def need(self, tokens: Any) -> Any:
         """Blocks for so many tokens."""
@@ -83,6 +87,8 @@ class Batch(NamedTuple):
     """The part of the layers through which prompts go, from and to; a prompt is prefilled after the last of them."""
     timer: float | None = None
     """If there is nothing to do: when to ask again, unless a request comes before."""
+    share: float = 1.0
+    """The share of the device's units that the iteration may use. Those of two workers may be more than 1 together."""
 
 
 class Scheduler(Policy):
@@ -134,6 +140,7 @@ class Cost(Protocol):
     def iteration(self, work: Work) -> float: ...
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]: ...
     def weight_bytes(self, work: Work) -> float: ...
+    def traffic(self, work: Work) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -157,8 +164,14 @@ class Engine:
     host: float = 25e9
     """Bytes a second to host memory."""
     devices: int = 1
+    workers: int = 1
+    """With 2, prompts and decodes have loops of their own, on one device, one copy of the weights and one cache."""
 
     def __post_init__(self):
+        if self.workers not in (1, 2):
+            raise ValueError(f"workers must be 1 or 2, got {self.workers}")
+        if self.workers == 2 and self.role != "both":
+            raise ValueError(f"an engine of two workers has the role 'both', got {self.role!r}")
         if self.role not in ("both", "prefill", "decode"):
             raise ValueError(f"role must be 'both', 'prefill' or 'decode', got {self.role!r}")
         for name in ("block", "max_tokens", "max_seqs", "link", "host", "devices"):
@@ -190,7 +203,7 @@ class Result:
     seconds: float = 0.0
     """When the last engine stopped."""
     busy: float = 0.0
-    """Engine-seconds of work."""
+    """Seconds of work, of all workers together."""
     iterations: int = 0
     preemptions: int = 0
     transfer: float = 0.0
@@ -248,6 +261,26 @@ class Result:
         return float(fine[int(warm * len(fine)) :].mean())
 
 
+@dataclass
+class _Loop:
+    """A worker: it runs one iteration after the other."""
+
+    worker: str
+    idle: bool = True
+    wake: int = 0
+    """Rises whenever what was said to come for it is no longer so."""
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """That the iteration under way is about. This and what follows is for two workers only."""
+    work: Work | None = None
+    then: Callable[[float], None] = lambda t: None
+    """What its end does."""
+    extra: float = 0.0
+    left: float = 0.0
+    """The part of it that was to do at `since`, when all of it would have taken `takes` seconds."""
+    since: float = 0.0
+    takes: float = 1.0
+
+
 class _Running:
     """An engine at work."""
 
@@ -264,18 +297,18 @@ class _Running:
         self.queue: deque[int] = deque()
         self.requests = self.waiting_tokens = 0
         self.state: State = ()
-        self.idle = True
-        self.wake = 0
+        self.loops = [_Loop(worker) for worker in (["both"] if engine.workers == 1 else ["decode", "prefill"])]
 
     def load(self) -> Load:
         return Load(self.number, self.engine.role, self.requests, self.waiting_tokens, self.free)
 
-    def view(self, now: float) -> View:
+    def view(self, now: float, worker: str) -> View:
         engine = self.engine
         return View(
             now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, self.blocks, self.first,
             self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else np.full_like(self.id, -1),
             self.free, engine.block, engine.blocks, len(self.queue), engine.max_tokens, engine.max_seqs,
+            worker,
         )  # fmt: skip
 
     def seat(self, load: Workload) -> None:
@@ -378,26 +411,47 @@ class _Simulation:
         one.queue.append(i)
         one.requests += 1
         one.waiting_tokens += int(self.load.prompt[i])
-        if one.idle:
-            self.begin(one, now)
+        self.ask(one, now)
 
-    def begin(self, one: _Running, now: float) -> None:
-        """Ask for the next iteration of an engine, and run it."""
+    def ask(self, one: _Running, now: float, stopped: bool = False) -> None:
+        """Begin the next iteration of each worker that has none."""
+        started = [self.begin(one, loop, now) for loop in one.loops if loop.idle]
+        if len(one.loops) > 1 and (stopped or any(started)):
+            self.retime(one, now)
+
+    def retime(self, one: _Running, now: float) -> None:
+        """What runs on an engine has changed: note how far each iteration is, and how fast it goes from here."""
+        under_way = [loop for loop in one.loops if loop.work is not None]
+        times = side_by_side(one.engine.cost, [loop.work for loop in under_way])  # pyright: ignore
+        for loop, takes in zip(under_way, times, strict=True):
+            loop.left -= (now - loop.since) / loop.takes if now > loop.since else 0.0
+            loop.since, loop.takes, loop.wake = now, takes + loop.extra, loop.wake + 1
+            self.at(now + max(loop.left, 0.0) * loop.takes, lambda t, loop=loop, asked=loop.wake: over(loop, asked, t))
+
+        def over(loop: _Loop, asked: int, time: float) -> None:
+            if loop.wake == asked:
+                loop.work = None
+                loop.then(time)
+
+    def begin(self, one: _Running, loop: _Loop, now: float) -> bool:
+        """Ask for a worker's next iteration, and run it; returns whether there is one."""
         one.seat(self.load)
-        view = one.view(now)
+        view = one.view(now, loop.worker)
         one.state, batch = self.act(one.state, view)
         if batch.preempt is not None and batch.preempt.any():
             extra = self.preempt(one, batch.preempt)
         else:
             extra = 0.0
         decode, prompts = np.flatnonzero(batch.decode), np.flatnonzero(batch.prefill)
+        loop.wake += 1
         if not len(decode) and not len(prompts):
-            one.idle, one.wake = True, one.wake + 1
             if batch.timer is not None:
-                again = lambda t, asked=one.wake: self.begin(one, t) if one.wake == asked else None
+                again = lambda t, asked=loop.wake: self.ask(one, t) if loop.wake == asked else None
                 self.at(max(batch.timer, now + EPS), again)
-            return
-        one.idle, one.wake = False, one.wake + 1
+            return False
+        loop.idle = False
+        if len(one.loops) > 1:
+            self.apart(one, loop, decode, prompts, batch.preempt)
         low, high = batch.layers
         chunk = batch.prefill[prompts]
         back = decode[one.status[decode] == SWAPPED]
@@ -415,7 +469,8 @@ class _Simulation:
             one.hold(decode, one.done[decode] + 1)
             one.status[decode] = DECODING
         cost = one.engine.cost
-        if self.fast and not len(prompts) and not extra and batch.preempt is None:
+        fast = self.fast and len(one.loops) == 1 and batch.share == 1.0
+        if fast and not len(prompts) and not extra and batch.preempt is None:
             steps = self.steps(one, decode, now)
             if steps > 1:
                 took = cost.decode_steps(one.done[decode], steps)
@@ -423,15 +478,28 @@ class _Simulation:
                 comes = self.load.arrival[self.next] if self.next < len(self.load) else np.inf
                 comes = min(comes, self.events[0][0] if self.events else np.inf)
                 steps = min(steps, int(np.searchsorted(ends, comes, "left")) + 1)
-                self.decoded(one, decode, ends[:steps], batch, view)
-                return
-        work = Work(chunk, one.done[prompts], one.done[decode], high - low)
-        end = now + cost.iteration(work) + extra
+                self.decoded(one, loop, decode, ends[:steps], batch, view)
+                return True
+        work = Work(chunk, one.done[prompts], one.done[decode], high - low, batch.share)
         self.result.weight_bytes += cost.weight_bytes(work)
         if self.record:
             tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), chunk.tolist())
             self.result.log.append((one.number, now, *tokens))
-        self.at(end, lambda t: self.end(one, now, t, decode, prompts, chunk, high >= 1.0, view, batch))
+        then = lambda t: self.end(one, loop, now, t, decode, prompts, chunk, high >= 1.0, view, batch)
+        if len(one.loops) > 1:
+            loop.work, loop.then, loop.extra, loop.left, loop.since = work, then, extra, 1.0, now
+        else:
+            self.at(now + cost.iteration(work) + extra, then)
+        return True
+
+    def apart(self, one: _Running, loop: _Loop, decode: np.ndarray, prompts: np.ndarray, how) -> None:
+        """See that a worker does its own work only, and leaves alone what the other is busy with."""
+        if len(prompts if loop.worker == "decode" else decode):
+            raise RuntimeError(f"{type(self.scheduler).__name__} gives the {loop.worker} worker what is not its work")
+        busy = [other.slots for other in one.loops if not other.idle and other is not loop]
+        if how is not None and busy and how[busy[0]].any():
+            raise RuntimeError(f"{type(self.scheduler).__name__} preempts what the other worker is busy with")
+        loop.slots = np.concatenate([decode, prompts])
 
     def preempt(self, one: _Running, how: np.ndarray) -> float:
         """Take the cache from some requests; returns the seconds that this takes."""
@@ -467,7 +535,9 @@ class _Simulation:
             most = low
         return min(most, 4096)
 
-    def decoded(self, one: _Running, decode: np.ndarray, ends: np.ndarray, batch: Batch, view: View) -> None:
+    def decoded(
+        self, one: _Running, loop: _Loop, decode: np.ndarray, ends: np.ndarray, batch: Batch, view: View
+    ) -> None:
         """Several iterations that only decode, at once."""
         k = len(ends)
         ids = one.id[decode]
@@ -479,9 +549,9 @@ class _Simulation:
         one.last[decode] = ends[-1]
         self.result.weight_bytes += k * one.engine.cost.weight_bytes(Work(decode=one.done[decode]))
         self.account(view.now, float(ends[-1]), k)
-        self.at(float(ends[-1]), lambda t: self.after(one, view.now, t, decode, view, batch))
+        self.at(float(ends[-1]), lambda t: self.after(one, loop, view.now, t, decode, view, batch))
 
-    def end(self, one, start, now, decode, prompts, chunk, whole, view, batch) -> None:
+    def end(self, one, loop, start, now, decode, prompts, chunk, whole, view, batch) -> None:
         """What an iteration leaves behind."""
         ids = one.id[decode]
         self.result.emitted[self.result.ends[ids] + one.generated[decode]] = now
@@ -500,14 +570,16 @@ class _Simulation:
             one.status[ready] = DECODING
             decode = np.concatenate([decode, ready])
         self.account(start, now, 1)
-        self.after(one, start, now, decode, view, batch)
+        self.after(one, loop, start, now, decode, view, batch)
 
     def account(self, start: float, end: float, iterations: int) -> None:
         self.result.busy += end - start
         self.result.iterations += iterations
         self.result.seconds = max(self.result.seconds, end)
 
-    def after(self, one: _Running, start: float, now: float, decode: np.ndarray, view: View, batch: Batch) -> None:
+    def after(
+        self, one: _Running, loop: _Loop, start: float, now: float, decode: np.ndarray, view: View, batch: Batch
+    ) -> None:
         over = decode[one.generated[decode] >= one.output[decode]]
         if len(over):
             one.release(over)
@@ -519,7 +591,8 @@ class _Simulation:
                 self.pulls.append((one.number, slot))
         self.pull(now)
         one.state = self.learn(one.state, view, batch, now - start)
-        self.begin(one, now)
+        loop.idle = True
+        self.ask(one, now, stopped=True)
 
     def pull(self, now: float) -> None:
         """Decode engines take what is prefilled, the one with fewest requests first, while they have blocks."""
@@ -555,8 +628,7 @@ class _Simulation:
         one.requests -= 1
         other.status[to] = DECODING
         for engine in (one, other):
-            if engine.idle:
-                self.begin(engine, now)
+            self.ask(engine, now)
 
 
 def goodput(
