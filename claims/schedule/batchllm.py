@@ -13,7 +13,7 @@ Not shown: any GPU, and attention that reads a shared prefix once, which the pap
 a group of real requests through a language model comes with its cache.
 """
 
-from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def experiment(size: Size) -> list[Comparison]:
         load = requests(seed, n, pieces)
         tree = PrefixTree(list(load.tokens))  # pyright: ignore[reportArgumentType]
         best.append(tree.bound(BLOCK) / load.prompt.sum())
-        prefixes.append(int((tree.depth[maximize_reuse(tree, BLOCK)] // BLOCK).sum()))
+        prefixes.append(int((tree.depth[np.unique(maximize_reuse(tree, BLOCK))] // BLOCK).sum()))
         groups = group_requests(load, mean, BLOCK)
         columns = groups.load.group, groups.load.shared
         for blocks, where in ((little, ""), (much, ", all fits")):
@@ -105,9 +105,7 @@ def experiment(size: Size) -> list[Comparison]:
         ),
     ]  # fmt: skip
     out += [
-        Comparison(
-            f"makespan over {name}", seconds("BatchLLM"), seconds(name), 1 / 1.03, kind="ratio", better="lower"
-        )
+        Comparison(f"makespan over {name}", seconds("BatchLLM"), seconds(name), 1 / 1.03, kind="ratio", better="lower")
         for name in ("chunks of 512", "chunks of 2,048")
     ]
     return [*out, exact(20 if size.smoke else 200)]
@@ -129,26 +127,22 @@ def ablations(found: dict[str, list[Result]], prefixes: list[int], blocks: int) 
 
 
 def exact(trees: int) -> Comparison:
-    """`maximize_reuse` against all ways to choose nodes none of which is above another."""
-    worst, fewer = 0, 0
+    """`maximize_reuse` against all sets of nodes to share at, each prompt at the deepest one above it."""
+    worst, some = 0, 0
     for seed in range(trees):
         rng = np.random.default_rng(FIRST_SEED + seed)
         prompts = [rng.integers(0, 2, rng.integers(1, 9)).tolist() for _ in range(rng.integers(2, 13))]
         tree, block = PrefixTree(prompts), int(rng.integers(1, 4))
-        spared = tree.spared(block)
-        children = [np.flatnonzero(tree.parent == node).tolist() for node in range(len(tree.depth))]
-
-        def ways(node: int) -> Iterator[int]:
-            yield int(spared[node])
-            totals = {0}
-            for child in children[node]:
-                totals = {total + more for total in totals for more in ways(child)}
-            yield from totals
-
-        most = max(ways(len(tree.depth) - 1))
-        worst = max(worst, abs(most - int(spared[maximize_reuse(tree, block)].sum())))
-        fewer += most > 0
+        n, most = len(tree.depth) - 1, 0
+        for subset in product((False, True), repeat=n):
+            shares = np.full(len(prompts), n)
+            for node in range(n - 1, -1, -1):
+                if subset[node]:
+                    shares[tree.order[tree.start[node] : tree.stop[node]]] = node
+            most = max(most, tree.spared(shares, block))
+        worst = max(worst, abs(most - tree.spared(maximize_reuse(tree, block), block)))
+        some += most > 0
     return Comparison(
-        f"tokens by which the best cut is missed, {trees} random trees", [worst], [0], 0.0, better="lower",
-        note=f"{fewer} of them have something to share",
+        f"tokens by which the best groups are missed, {trees} random trees", [worst], [0], 0.0, better="lower",
+        note=f"{some} of them have something to share",
     )  # fmt: skip

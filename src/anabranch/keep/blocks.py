@@ -1,8 +1,8 @@
 """Blocks of a cache of keys and values: who holds them, and which hold the beginning of another request's text.
 
-A text is cut in blocks of so many tokens. The key of a full block says which tokens are in it and all before it, so that
-equal keys mean equal contents, and the blocks that two texts share are those whose keys are equal (Kwon et al., "Efficient
-Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023; the hashes are vLLM's idea).
+A text is cut in blocks of so many tokens. The key of a full block says which tokens are in it and all before it: what
+two texts share are the blocks whose keys are equal. Paged memory is that of Kwon et al., "Efficient Memory Management
+for Large Language Model Serving with PagedAttention", SOSP 2023, and chained keys are vLLM's.
 
     >>> index = PrefixIndex(blocks=8)
     >>> first = block_keys([5, 6, 7, 8, 9], size=2)  # the fifth token fills no block
@@ -119,20 +119,29 @@ class PrefixIndex:
                     self._idle[block] = None
 
     def match(self, keys: Sequence[Hashable]) -> list[int]:
-        """The blocks of the longest prefix that is there. They are not held yet: `fork` them before the next `alloc`."""
+        """The blocks of the longest prefix that is there, not held yet: `fork` them before the next `alloc`."""
         return [self._at[key] for key in keys[: self.look(keys)[0]]]
 
-    def look(self, keys: Sequence[Hashable]) -> tuple[int, int]:
-        """How many blocks of a prefix are there, and how many of those somebody holds."""
-        there = bisect_left(keys, True, key=lambda key: key not in self._at)
-        return there, bisect_left(keys, True, hi=there, key=lambda key: not self.ref[self._at[key]])
+    def look(self, keys: Sequence[Hashable], guess: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """How many blocks of a prefix are there, and how many of those somebody holds.
+
+        Arguments:
+            guess: an earlier answer; if it is right still, that is found at once.
+        """
+        at, ref = self._at, self.ref
+        there, held = min(guess[0], len(keys)), guess[1]
+        if (there and keys[there - 1] not in at) or (there < len(keys) and keys[there] in at):
+            there = bisect_left(keys, True, key=lambda key: key not in at)
+        if held > there or (held and not ref[at[keys[held - 1]]]) or (held < there and ref[at[keys[held]]]):
+            held = bisect_left(keys, True, hi=there, key=lambda key: not ref[at[key]])
+        return there, held
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many blocks of a table other tables hold as well."""
         return bisect_left(ids, True, key=lambda block: self.ref[block] < 2)
 
     def insert(self, keys: Sequence[Hashable], ids: Sequence[int]) -> list[int]:
-        """Make known what the first blocks of a table hold; returns the blocks that the table is to have in their place.
+        """Make known what the first blocks of a table hold; returns those that the table is to have in their place.
 
         These are the same ones, but where a key is known already: then the caller holds the known block from now on,
         and no longer its own, which has the same contents.

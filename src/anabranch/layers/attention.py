@@ -11,7 +11,10 @@ from jaxtyping import Array, Bool, Float
 
 
 def partial_attention(
-    q: Float[Array, "T H d"], k: Float[Array, "S K d"], v: Float[Array, "S K e"], mask: Bool[Array, "#T S"] | None = None
+    q: Float[Array, "T H d"],
+    k: Float[Array, "S K d"],
+    v: Float[Array, "S K e"],
+    mask: Bool[Array, "#T S"] | None = None,
 ) -> tuple[Float[Array, "T H e"], Float[Array, "T H"]]:
     """What queries take from some of the keys, and the logarithm of the sum of the exponentials of their scores.
 

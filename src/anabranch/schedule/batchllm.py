@@ -7,21 +7,23 @@ the most tokens are not computed again; `group_requests` puts those groups first
 that later prompts find answers in the making to go along with. `BatchLLM` serves the requests in that order, and lets
 new ones in by the memory that is left and not by their number.
 
-    >>> prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 9, 9], [1, 2, 8], [7, 7]]
+    >>> prompts = [[1, 2, 3, 4, 5, 1], [1, 2, 3, 4, 5, 2], [1, 2, 9, 9], [1, 2, 8], [7, 7]]
     >>> tree = PrefixTree(prompts)
-    >>> [(int(tree.depth[n]), tree.members(n).tolist()) for n in maximize_reuse(tree)]
-    [(2, [0, 1, 3, 2])]
+    >>> shares = maximize_reuse(tree)
+    >>> tree.depth[shares].tolist(), tree.spared(shares), tree.bound()
+    ([5, 5, 2, 2, 0], 7, 9)
 
-(Two tokens for four requests spare 6, four tokens for two only 4; both at once would need prefixes of two levels.)
+(Five tokens are computed once for two, two tokens once for two others. All four sharing two would spare 6; that the
+first two tokens are computed twice is what it costs that each request has one prefix: `bound` is without that.)
 
 The stream is one of requests, all there from the start; the scheduler keeps no state, for the order is that of arrival
 and who has begun is in the view. The prefix of a group is computed by its first member; the last to use it lets it go.
 
-What differs from the authors' code (microsoft/MixLLM): they split the tree greedily from the leaves up, by the same
-measure; here the best cut is found exactly. There a prefix is a request of its own, and a group's members wait for it;
-here they are let in together. Prefixes are shared by whole blocks. How much memory is filled (0.9) and how many tokens
-of prompts go in an iteration (2,048) are inferred. Attention over a shared prefix (`layers.attention`) is not credited:
-a decode costs what it would cost alone.
+What differs from the authors' code (microsoft/MixLLM): they take groups out of larger ones greedily, from the leaves of
+the tree up, wherever that spares more; here the best groups are found exactly. There a prefix is a request of its own,
+and a group's members wait for it; here they are let in together. Prefixes are shared by whole blocks. How much memory
+is filled (0.9) and how many tokens of prompts go in an iteration (2,048) are inferred. Attention over a shared prefix
+(`layers.attention`) is not credited: a decode costs what it would cost alone.
 """
 
 from collections.abc import Sequence
@@ -100,30 +102,27 @@ class PrefixTree:
         self.parent = np.array(parent)
         self.ends = np.array([int((self.length[a:b] == depth).sum()) for depth, a, b in nodes])
 
-    @property
-    def leaves(self) -> Int64[np.ndarray, " nodes"]:
-        """Prompts below each node."""
-        return self.stop - self.start
+    def spared(self, shares: Int64[np.ndarray, " n"], block: int = 1) -> int:
+        """Tokens that are not computed again if each prompt shares the depth of this node, in whole blocks, with all
+        others that do.
 
-    def members(self, node: int) -> Int64[np.ndarray, " k"]:
-        """The prompts below a node."""
-        return self.order[self.start[node] : self.stop[node]]
-
-    def spared(self, block: int = 1) -> Int64[np.ndarray, " nodes"]:
-        """Tokens that are not computed again if all below a node share its depth, in whole blocks.
-
-        All but the first member find them. Who ends at the node finds no block that holds its last token, which must be
-        computed to be followed by another; of several that end there the first is the first of the group.
+        All but the first of a group find them. Who ends at the node does not find the block with its last token, which
+        must be computed to be followed by another; of several that end there the first is the first of the group.
         """
-        return self.depth // block * block * (self.leaves - 1) - self._last(block)
+        nodes, sizes = np.unique(shares, return_counts=True)
+        return int((self._whole(block)[nodes] * (sizes - 1) - self._last(block)[nodes]).sum())
 
     def bound(self, block: int = 1) -> int:
         """Tokens that would be spared if prefixes could have any number of levels and nothing were ever forgotten."""
-        above = self.depth[self.parent] * (self.parent >= 0)
-        edge = self.depth // block * block - above // block * block
-        return int((edge * (self.leaves - 1) - self._last(block)).sum())
+        whole = self._whole(block)
+        return int(((whole - whole[self.parent]) * (self.stop - self.start - 1) - self._last(block)).sum())
+
+    def _whole(self, block: int) -> Int64[np.ndarray, " nodes"]:
+        """Depths in whole blocks."""
+        return self.depth // block * block
 
     def _last(self, block: int) -> Int64[np.ndarray, " nodes"]:
+        """Tokens that those who end at a node do not find there, though others would."""
         return block * (self.depth % block == 0) * (self.depth > 0) * np.maximum(self.ends - 1, 0)
 
 
@@ -133,26 +132,44 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else n
 
 
-def maximize_reuse(tree: PrefixTree, block: int = 1) -> Int64[np.ndarray, " groups"]:
-    """The nodes, none above another, that as groups spare the most tokens.
+def maximize_reuse(tree: PrefixTree, block: int = 1) -> Int64[np.ndarray, " n"]:
+    """For each prompt the node whose depth it is to share, so that the most tokens are spared; the root if none.
 
-    From the leaves up, a node is worth what it spares as a group, or what its children are worth together.
+    A prompt shares with others at the deepest node above it that has been chosen. So what is spared below a node
+    depends on which node was chosen last on the way to it: a dynamic programme, from the leaves up, over nodes and the
+    nodes above them, which takes O(nodes · height).
 
     Raises:
         ValueError: if a block holds no token.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    spared, n = tree.spared(block), len(tree.depth)
-    below, whole = np.zeros(n, np.int64), np.zeros(n, bool)
-    for node in range(n):
-        whole[node] = spared[node] >= below[node] and spared[node] > 0
-        if tree.parent[node] >= 0:
-            below[tree.parent[node]] += max(spared[node], below[node])
-    inside = np.zeros(n, bool)
+    whole, last, n = tree._whole(block), tree._last(block), len(tree.depth)
+    above: list[list[int]] = [[]] * n  # from the root on
     for node in range(n - 2, -1, -1):
-        inside[node] = inside[tree.parent[node]] or whole[tree.parent[node]]
-    return np.flatnonzero(whole & ~inside)
+        above[node] = [*above[tree.parent[node]], int(tree.parent[node])]
+    direct = tree.stop - tree.start  # prompts below a node and below none of its children
+    # By which node above was chosen last: what the children spare together (the last entry: if the node itself is
+    # chosen), and what is spared if the node is not chosen.
+    below = [np.zeros(len(way) + 1) for way in above]
+    skip: list[np.ndarray] = [np.zeros(0)] * n
+    take = np.zeros(n)
+    for node in range(n - 1):
+        up = tree.parent[node]
+        direct[up] -= tree.stop[node] - tree.start[node]
+        skip[node] = below[node][:-1] + direct[node] * whole[above[node]]
+        take[node] = below[node][-1] + (direct[node] - 1) * whole[node] - last[node]
+        below[up] += np.maximum(skip[node], take[node])
+        below[node] = np.zeros(0)
+    chosen, level = np.full(n, n - 1), np.zeros(n, np.int64)
+    for node in range(n - 2, -1, -1):
+        up = tree.parent[node]
+        taken = take[node] > skip[node][level[up]]
+        chosen[node], level[node] = (node, len(above[node])) if taken else (chosen[up], level[up])
+    shares = np.zeros(len(tree.order), np.int64)
+    for node in range(n - 1, -1, -1):  # children after their parents: what is below them is theirs
+        shares[tree.order[tree.start[node] : tree.stop[node]]] = chosen[node]
+    return shares
 
 
 class Groups(NamedTuple):
@@ -182,16 +199,16 @@ class Groups(NamedTuple):
             chunk[0] += prefix
             before = load.prompt[rows] - chunk
             steps = max(int(self.expected[rows].max()) - 1, 0)
-            held = {pool: float(prefix // block + (-(-(load.prompt[rows] + load.output[rows] - prefix) // block)).sum())}
+            held = {
+                pool: float(prefix // block + (-(-(load.prompt[rows] + load.output[rows] - prefix) // block)).sum())
+            }
             first = b.add(Op.PREFILL, lane, cost.iteration(Work(chunk, before)), micro=group, alloc=held)
             took = float(cost.decode_steps(load.prompt[rows] + 1, steps).sum())
             b.add(Op.DECODE, lane, took, micro=group, after=[first], free=held)
         return b.build()
 
 
-def group_requests(
-    load: Workload, expected: ArrayLike, block: int = 16, *, reorder: bool = True
-) -> Groups:
+def group_requests(load: Workload, expected: ArrayLike, block: int = 16, *, reorder: bool = True) -> Groups:
     """Cut requests into groups that share one prefix each, and order these by tokens to decode for each to prefill.
 
     Arguments:
@@ -209,25 +226,22 @@ def group_requests(
     if not (answers > 0).all():
         raise ValueError(f"expected must be positive, got {answers[~(answers > 0)][0]} in row {(answers > 0).argmin()}")
     tree = PrefixTree(list(load.tokens))
-    taken = maximize_reuse(tree, block)
-    at = np.full(len(load), -1)
-    for node in taken:
-        at[tree.start[node] : tree.stop[node]] = node
-    # Those that share with nobody are groups of one.
-    groups = [tree.members(node) for node in taken] + [tree.order[i : i + 1] for i in np.flatnonzero(at < 0)]
-    shared = [*(tree.depth[taken] // block * block).tolist(), *[0] * (len(groups) - len(taken))]
-    computed = [int(load.prompt[rows].sum() - (len(rows) - 1) * s) for rows, s in zip(groups, shared)]
-    ratio = np.array([answers[rows].sum() / tokens for rows, tokens in zip(groups, computed)])
-    come = np.array([rows.min() for rows in groups])
-    ranks = np.lexsort((come, -ratio)) if reorder else np.argsort(come)
-    order = np.concatenate([groups[g] for g in ranks])
-    sizes = [len(groups[g]) for g in ranks]
+    shares = maximize_reuse(tree, block)
+    # Who shares nothing is a group of its own; within a group they stay sorted, as `spared` counts on.
+    key = np.where(tree.depth[shares] > 0, shares, len(tree.depth) + np.arange(len(load)))[tree.order]
+    groups = [tree.order[key == k] for k in np.unique(key)]
+    prefix = np.array([tree.depth[shares[rows[0]]] // block * block for rows in groups])
+    computed = np.array([load.prompt[rows].sum() - (len(rows) - 1) * p for rows, p in zip(groups, prefix)])
+    ratio = np.array([answers[rows].sum() for rows in groups]) / computed
+    first = np.array([rows.min() for rows in groups])
+    ranks = np.lexsort((first, -ratio)) if reorder else np.argsort(first)
+    order, sizes = np.concatenate([groups[g] for g in ranks]), [len(groups[g]) for g in ranks]
     ordered = replace(
         replace(load, arrival=np.zeros(len(load))).take(order),
         group=np.repeat(np.arange(len(groups)), sizes),
-        shared=np.repeat([shared[g] for g in ranks], sizes),
+        shared=np.repeat(prefix[ranks], sizes),
     )
-    return Groups(ordered, order, answers[order], int(tree.spared(block)[taken].sum()))
+    return Groups(ordered, order, answers[order], tree.spared(shares, block))
 
 
 class BatchLLM(Scheduler):

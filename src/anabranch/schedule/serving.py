@@ -286,7 +286,9 @@ class _Running:
         self.wake = 0
         self.peak = 0
         self.index = PrefixIndex(engine.blocks) if engine.prefixes else None
-        self.keys, self.tables, self.kept = np.full(n, None), [[] for _ in range(n)], []
+        self.keys: Any = np.full(n, None)  # of the blocks of a prompt, and of those that it may find
+        self.finds: Any = np.full(n, None)
+        self.tables, self.seen, self.kept = [[] for _ in range(n)], [(0, 0)] * n, []
 
     def load(self) -> Load:
         return Load(self.number, self.engine.role, self.requests, self.waiting_tokens, self.free)
@@ -311,6 +313,8 @@ class _Running:
             self.prompt[slot], self.output[slot] = load.prompt[i], load.output[i]
             self.ttft[slot], self.tds[slot] = load.ttft[i], load.tds[i]
             self.keys[slot] = load.keys(i, self.engine.block) if self.index else []
+            # Its last token is never found but computed: what follows it comes from that.
+            self.finds[slot] = self.keys[slot][: (int(load.prompt[i]) - 1) // self.engine.block]
             for column in (self.done, self.generated, self.blocks, self.preempted):
                 column[slot] = 0
             self.first[slot] = self.last[slot] = np.nan
@@ -343,25 +347,23 @@ class _Running:
 
     # The cache of prefixes; only with an index.
 
-    def usable(self, slot: int) -> list:
-        """The keys of the blocks that a request may find: its last token must be computed, to be followed by another."""
-        return self.keys[slot][: (self.prompt[slot] - 1) // self.engine.block]
-
     def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`View.blocks`, `hit` and `own`."""
         assert self.index
         blocks, hit, own = self.blocks.copy(), self.done.copy(), self.blocks.copy()
         for slot in np.flatnonzero(self.blocks).tolist():
             own[slot] -= self.index.shared(self.tables[slot])
-        for slot in np.flatnonzero(self.status == WAITING).tolist():
-            there, blocks[slot] = self.index.look(self.usable(slot))
-            hit[slot] = there * self.engine.block
+        waiting = np.flatnonzero(self.status == WAITING)
+        for slot in waiting.tolist():
+            self.seen[slot] = self.index.look(self.finds[slot], self.seen[slot])
+        seen = np.array([self.seen[slot] for slot in waiting.tolist()], np.int64).reshape(-1, 2)
+        hit[waiting], blocks[waiting] = seen[:, 0] * self.engine.block, seen[:, 1]
         return blocks, hit, own
 
     def keep(self, slots: np.ndarray) -> None:
         """Hold what these would find, and nothing else that was held so."""
         assert self.index
-        kept = [self.index.match(self.usable(slot)) for slot in slots.tolist()]
+        kept = [self.index.match(self.finds[slot]) for slot in slots.tolist()]
         for ids in kept:
             self.index.fork(ids)
         for ids in self.kept:
@@ -373,7 +375,7 @@ class _Running:
         assert self.index
         for slot in slots.tolist():
             table = self.tables[slot]
-            more = self.index.match(self.usable(slot))[len(table) :]
+            more = self.index.match(self.finds[slot])[len(table) :]
             self.index.fork(more)
             table += more
             tokens = len(table) * self.engine.block
@@ -419,7 +421,7 @@ def simulate_serving(
     return _Simulation(workload, engines, scheduler, fast_forward, record).run(until)
 
 
-_COLUMNS = "id arrival prompt done generated first last ttft tds preempted output keys".split()
+_COLUMNS = "id arrival prompt done generated first last ttft tds preempted output keys finds".split()
 
 
 class _Simulation:

@@ -70,7 +70,9 @@ class Workload:
                 raise ValueError(f"row {row}: {name} {said}, got {getattr(self, name)[row]}")
         for row, text in enumerate(() if self.tokens is None else self.tokens):
             if len(text) != self.prompt[row]:
-                raise ValueError(f"row {row}: tokens must be as many as prompt says, {self.prompt[row]}, got {len(text)}")
+                raise ValueError(
+                    f"row {row}: tokens must be as many as prompt says, {self.prompt[row]}, got {len(text)}"
+                )
 
     def __len__(self) -> int:
         return len(self.arrival)
