@@ -198,7 +198,7 @@ class Andes(Scheduler):
             if lacks <= 0:
                 break
             away.append(slot)
-            lacks -= int(x.blocks[slot])
+            lacks -= int(x.own[slot])
         state = state._replace(moved=state.moved + len(away))
         return state, _serve(self.swap, x, chosen, np.array(away, np.int64))
 
@@ -274,7 +274,7 @@ def _delay(cost: Cost, link: float, x: View, there: np.ndarray) -> Float64[np.nd
 def _serve(swap: bool, x: View, chosen: np.ndarray, away: np.ndarray) -> Batch:
     """Prompts of those chosen first, as FCFS does; else everybody's next token."""
     status = x.status[chosen]
-    free = x.free_blocks + int(x.blocks[away].sum())
+    free = x.free_blocks + int(x.own[away].sum())
     made = Batch(np.zeros(len(x.id), bool), np.zeros(len(x.id), np.int64))
     if len(away):
         how = np.zeros(len(x.id), np.int8)
@@ -285,7 +285,7 @@ def _serve(swap: bool, x: View, chosen: np.ndarray, away: np.ndarray) -> Batch:
         need = int(x.need(x.prompt[slot] + 1) - x.blocks[slot])
         if need > free or (x.prompt[slot] > budget and made.prefill.any()):
             break
-        made.prefill[slot] = x.prompt[slot] - x.done[slot]
+        made.prefill[slot] = x.prompt[slot] - x.hit[slot]
         free, budget = free - need, budget - int(made.prefill[slot])
     if not made.prefill.any():
         for slot in sorted(chosen[status >= DECODING].tolist(), key=lambda slot: x.id[slot]):

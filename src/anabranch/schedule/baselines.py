@@ -24,9 +24,9 @@ def running(view: View) -> tuple[np.ndarray, np.ndarray, int]:
     if more.sum() <= free:
         return slots, slots[:0], free - int(more.sum())
     keep = len(slots)
-    while keep > 1 and more[:keep].sum() > free + view.blocks[slots[keep:]].sum():
+    while keep > 1 and more[:keep].sum() > free + view.own[slots[keep:]].sum():
         keep -= 1
-    return slots[:keep], slots[keep:], int(free + view.blocks[slots[keep:]].sum() - more[:keep].sum())
+    return slots[:keep], slots[keep:], int(free + view.own[slots[keep:]].sum() - more[:keep].sum())
 
 
 def batch(view: View, decode: np.ndarray, preempted: np.ndarray, prefill: dict[int, int]) -> Batch:
@@ -61,7 +61,7 @@ def admit(
     found: dict[int, int] = {}
     keep = int(watermark * view.total_blocks)
     for slot in order:
-        left = int(view.prompt[slot] - view.done[slot])
+        left = int(view.prompt[slot] - view.hit[slot])
         take = left if whole else min(left, budget)
         if take <= 0 or seats <= 0 or (whole and take > budget and found):
             break

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int8, Int64
 
 from anabranch.cell import Policy, State
+from anabranch.keep.blocks import PrefixIndex
 from anabranch.schedule.cluster import Work, side_by_side
 from anabranch.schedule.workload import Workload
 
@@ -48,6 +49,7 @@ class View(NamedTuple):
     """Tokens in the cache."""
     generated: Int64[np.ndarray, " N"]
     blocks: Int64[np.ndarray, " N"]
+    """Those it has; of one that waits, those it would get without taking a free one."""
     first_emit: Float64[np.ndarray, " N"]
     """When the first token came; NaN before."""
     last_emit: Float64[np.ndarray, " N"]
@@ -67,6 +69,10 @@ class View(NamedTuple):
     """In an iteration."""
     max_seqs: int
     """Requests in an iteration."""
+    hit: Int64[np.ndarray, " N"]
+    """As `done`; of one that waits, the tokens of its prompt that it would find in the cache."""
+    own: Int64[np.ndarray, " N"]
+    """Blocks that nobody else has: those that come free when it goes."""
     worker: str = "both"
     """Whose next iteration it is: `prefill` or `decode` in an engine with two workers."""
 
@@ -80,7 +86,7 @@ class Batch(NamedTuple):
 
     decode: Bool[np.ndarray, " N"]
     prefill: Int64[np.ndarray, " N"]
-    """Tokens of each prompt."""
+    """Tokens of each prompt, after those that the cache holds."""
     preempt: Int8[np.ndarray, " N"] | None = None
     """`SWAP`, `RECOMPUTE`, or 0."""
     layers: tuple[float, float] = (0.0, 1.0)
@@ -89,6 +95,9 @@ class Batch(NamedTuple):
     """If there is nothing to do: when to ask again, unless a request comes before."""
     share: float = 1.0
     """The share of the device's units that the iteration may use. Those of two workers may be more than 1 together."""
+    keep: Bool[np.ndarray, " N"] | None = None
+    """Who waits and is to find what the cache now holds of its prompt: that stays, used or not, until a later batch
+    does not say so."""
 
 
 class Scheduler(Policy):
@@ -166,6 +175,9 @@ class Engine:
     devices: int = 1
     workers: int = 1
     """With 2, prompts and decodes have loops of their own, on one device, one copy of the weights and one cache."""
+    prefixes: bool = False
+    """Whether requests share the blocks in which their prompts begin alike. Those that nobody uses stay in memory until
+    there is no other room, the least recently used go first; they count as free."""
 
     def __post_init__(self):
         if self.workers not in (1, 2):
@@ -210,6 +222,12 @@ class Result:
     """Seconds of moving caches between engines."""
     weight_bytes: float = 0.0
     """Weights that were read."""
+    prefilled: int = 0
+    """Tokens of prompts that were computed, again after a preemption."""
+    cached: int = 0
+    """Tokens of prompts that were in the cache when their requests began."""
+    peak: int = 0
+    """The most blocks that an engine's requests held."""
     log: list[tuple] = field(default_factory=list)
     """With `record`: (engine, start, ids decoded, ids prefilled, tokens of each)."""
 
@@ -298,17 +316,23 @@ class _Running:
         self.requests = self.waiting_tokens = 0
         self.state: State = ()
         self.loops = [_Loop(worker) for worker in (["both"] if engine.workers == 1 else ["decode", "prefill"])]
+        self.peak = 0
+        self.index = PrefixIndex(engine.blocks) if engine.prefixes else None
+        self.keys: Any = np.full(n, None)  # of the blocks of a prompt, and of those that it may find
+        self.finds: Any = np.full(n, None)
+        self.tables, self.seen, self.kept = [[] for _ in range(n)], [(0, 0)] * n, []
 
     def load(self) -> Load:
         return Load(self.number, self.engine.role, self.requests, self.waiting_tokens, self.free)
 
     def view(self, now: float, worker: str) -> View:
         engine = self.engine
+        blocks, hit, own = self.found() if self.index else (self.blocks, self.done, self.blocks)
         return View(
-            now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, self.blocks, self.first,
+            now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, blocks, self.first,
             self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else np.full_like(self.id, -1),
             self.free, engine.block, engine.blocks, len(self.queue), engine.max_tokens, engine.max_seqs,
-            worker,
+            hit, own, worker,
         )  # fmt: skip
 
     def seat(self, load: Workload) -> None:
@@ -320,6 +344,9 @@ class _Running:
             self.id[slot], self.status[slot], self.arrival[slot] = i, WAITING, load.arrival[i]
             self.prompt[slot], self.output[slot] = load.prompt[i], load.output[i]
             self.ttft[slot], self.tds[slot] = load.ttft[i], load.tds[i]
+            self.keys[slot] = load.keys(i, self.engine.block) if self.index else []
+            # Its last token is never found but computed: what follows it comes from that.
+            self.finds[slot] = self.keys[slot][: (int(load.prompt[i]) - 1) // self.engine.block]
             for column in (self.done, self.generated, self.blocks, self.preempted):
                 column[slot] = 0
             self.first[slot] = self.last[slot] = np.nan
@@ -334,12 +361,79 @@ class _Running:
         more = int((need - self.blocks[slots]).sum())
         if more > self.free:
             raise RuntimeError(f"the scheduler needs {more} blocks of engine {self.number}, {self.free} are free")
+        if self.index:
+            for slot, count in zip(slots.tolist(), (need - self.blocks[slots]).tolist()):
+                self.tables[slot] += self.index.alloc(count)
         self.free -= more
         self.blocks[slots] = need
+        self.peak = max(self.peak, self.engine.blocks - self.free)
 
     def release(self, slots: np.ndarray) -> None:
         self.free += int(self.blocks[slots].sum())
         self.blocks[slots] = 0
+        if self.index:
+            for slot in slots.tolist():
+                self.index.free(self.tables[slot])
+                self.tables[slot] = []
+            self.free = self.index.available
+
+    # The cache of prefixes; only with an index.
+
+    def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`View.blocks`, `hit` and `own`."""
+        assert self.index
+        blocks, hit, own = self.blocks.copy(), self.done.copy(), self.blocks.copy()
+        for slot in np.flatnonzero(self.blocks).tolist():
+            own[slot] -= self.index.shared(self.tables[slot])
+        waiting = np.flatnonzero(self.status == WAITING)
+        for slot in waiting.tolist():
+            self.seen[slot] = self.index.look(self.finds[slot], self.seen[slot])
+        seen = np.array([self.seen[slot] for slot in waiting.tolist()], np.int64).reshape(-1, 2)
+        hit[waiting], blocks[waiting] = seen[:, 0] * self.engine.block, seen[:, 1]
+        return blocks, hit, own
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Hold what these would find, and nothing else that was held so."""
+        assert self.index
+        kept = [self.index.match(self.finds[slot]) for slot in slots.tolist()]
+        for ids in kept:
+            self.index.fork(ids)
+        for ids in self.kept:
+            self.index.free(ids)
+        self.kept, self.free = kept, self.index.available
+
+    def find(self, slots: np.ndarray) -> None:
+        """Let requests begin with what the cache holds of their prompts."""
+        assert self.index
+        for slot in slots.tolist():
+            table = self.tables[slot]
+            more = self.index.match(self.finds[slot])[len(table) :]
+            self.index.fork(more)
+            table += more
+            tokens = len(table) * self.engine.block
+            self.waiting_tokens -= tokens - int(self.done[slot])
+            self.done[slot], self.blocks[slot] = tokens, len(table)
+        self.free = self.index.available
+
+    def fill(self, slots: np.ndarray, chunk: np.ndarray, fresh: np.ndarray, whole: bool) -> np.ndarray:
+        """Hold the blocks of prompts and make known what they compute; returns the tokens that each still has to.
+
+        One prompt after the other, as `prompts` orders them: those that begin find what the ones before them compute.
+        """
+        assert self.index
+        chunk = chunk.copy()
+        for i in np.lexsort((self.id[slots], fresh)).tolist():
+            one = slots[i : i + 1]
+            slot = int(slots[i])
+            if fresh[i]:
+                self.find(one)
+            chunk[i] = min(chunk[i], self.prompt[slot] - self.done[slot])
+            self.hold(one, self.done[one] + chunk[i])
+            if whole:
+                known = self.keys[slot][: (self.done[slot] + chunk[i]) // self.engine.block]
+                self.tables[slot][: len(known)] = self.index.insert(known, self.tables[slot][: len(known)])
+                self.free = self.index.available
+        return chunk
 
 
 def simulate_serving(
@@ -359,7 +453,7 @@ def simulate_serving(
     return _Simulation(workload, engines, scheduler, fast_forward, record).run(until)
 
 
-_COLUMNS = "id arrival prompt done generated first last ttft tds preempted output".split()
+_COLUMNS = "id arrival prompt done generated first last ttft tds preempted output keys finds".split()
 
 
 class _Simulation:
@@ -392,6 +486,7 @@ class _Simulation:
                 self.arrive(float(comes))
             else:
                 heapq.heappop(self.events)[3](time)
+        self.result.peak = max((one.peak for one in self.engines), default=0)
         left = sum(one.requests for one in self.engines)
         if left and until == np.inf:
             raise RuntimeError(f"{type(self.scheduler).__name__} leaves {left} requests waiting for ever")
@@ -453,15 +548,23 @@ class _Simulation:
         if len(one.loops) > 1:
             self.apart(one, loop, decode, prompts, batch.preempt)
         low, high = batch.layers
-        chunk = batch.prefill[prompts]
+        chunk, fresh = batch.prefill[prompts], one.status[prompts] == WAITING
         back = decode[one.status[decode] == SWAPPED]
         extra += self.moved(one, int(one.done[back].sum()))
+        if one.index:
+            one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
+            one.find(prompts[fresh])
         if len(prompts):
             over = chunk > one.prompt[prompts] - one.done[prompts]
             if over.any() or (one.status[prompts] > PREFILLING).any():
                 raise RuntimeError(f"{type(self.scheduler).__name__} prefills what is not there")
-            one.hold(prompts, one.done[prompts] + chunk)
+            if one.index:
+                chunk = one.fill(prompts, chunk, fresh, high >= 1.0)
+                self.result.cached += int(one.done[prompts[fresh & (one.preempted[prompts] == 0)]].sum())
+            else:
+                one.hold(prompts, one.done[prompts] + chunk)
             one.status[prompts] = PREFILLING
+            self.result.prefilled += int(chunk.sum()) if high >= 1.0 else 0
         if len(decode):
             held = one.status[decode]
             if ((held != DECODING) & (held != SWAPPED)).any():

@@ -6,14 +6,16 @@
 """
 
 import csv
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from anabranch.data import root
+from anabranch.keep.blocks import block_keys
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Workload:
 
     Raises:
         ValueError: if columns differ in length, times are not sorted, negative or not finite, or a request has no
-            prompt or no output; the message names the row.
+            prompt or no output, or other tokens than its prompt is long; the message names the row.
     """
 
     arrival: Float64[np.ndarray, " n"]
@@ -38,11 +40,17 @@ class Workload:
     group: Int64[np.ndarray, " n"] = -1  # pyright: ignore[reportAssignmentType]
     """Requests of one group share their first `shared` tokens; -1 is alone."""
     shared: Int64[np.ndarray, " n"] = 0  # pyright: ignore[reportAssignmentType]
+    tokens: np.ndarray | None = None
+    """The tokens of each prompt, an array of arrays: requests of no group share what their prompts have in common."""
 
     def __post_init__(self):
         n = len(self.arrival)
-        for name, value in vars(self).items():
-            kind = np.float64 if name in ("arrival", "ttft", "tds") else np.int64
+        for name, value in self._columns().items():
+            if name == "tokens":  # NumPy would make rows of equal length a matrix
+                value, texts = np.empty(len(value), object), value
+                for i, text in enumerate(texts):
+                    value[i] = np.asarray(text, np.int64)
+            kind = np.float64 if name in ("arrival", "ttft", "tds") else object if name == "tokens" else np.int64
             column = np.asarray(value, kind)
             column = np.full(n, column) if column.ndim == 0 else column
             if column.shape != (n,):
@@ -60,9 +68,23 @@ class Workload:
             if bad.any():
                 row = int(bad.argmax())
                 raise ValueError(f"row {row}: {name} {said}, got {getattr(self, name)[row]}")
+        for row, text in enumerate(() if self.tokens is None else self.tokens):
+            if len(text) != self.prompt[row]:
+                raise ValueError(
+                    f"row {row}: tokens must be as many as prompt says, {self.prompt[row]}, got {len(text)}"
+                )
 
     def __len__(self) -> int:
         return len(self.arrival)
+
+    def _columns(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def keys(self, row: int, block: int) -> list[Hashable]:
+        """What a request can share: a key for each full block, equal where all up to it is the same."""
+        if self.group[row] >= 0:
+            return [(int(self.group[row]), i) for i in range(int(self.shared[row]) // block)]
+        return [] if self.tokens is None else [*block_keys(self.tokens[row], block)]
 
     @classmethod
     def azure(cls, name: Literal["conv", "code"]) -> "Workload":
@@ -90,7 +112,7 @@ class Workload:
 
     def take(self, rows: slice | Int64[np.ndarray, " k"]) -> "Workload":
         """Some of the requests; times begin with the first."""
-        columns = {name: value[rows] for name, value in vars(self).items()}
+        columns = {name: value[rows] for name, value in self._columns().items()}
         columns["arrival"] = columns["arrival"] - columns["arrival"][:1].sum()
         return Workload(**columns)
 
@@ -113,7 +135,7 @@ class Workload:
         rng = np.random.default_rng(seed)
         gaps = rng.gamma(1 / cv**2, cv**2 / rate, len(self))
         order = rng.permutation(len(self))
-        mixed = {name: value[order] for name, value in vars(self).items()}
+        mixed = {name: value[order] for name, value in self._columns().items()}
         return Workload(**mixed | {"arrival": np.cumsum(gaps)})
 
     def scale(self, rate: float) -> "Workload":

@@ -1,0 +1,158 @@
+"""Blocks of a cache of keys and values: who holds them, and which hold the beginning of another request's text.
+
+A text is cut in blocks of so many tokens. The key of a full block says which tokens are in it and all before it: what
+two texts share are the blocks whose keys are equal. Paged memory is that of Kwon et al., "Efficient Memory Management
+for Large Language Model Serving with PagedAttention", SOSP 2023, and chained keys are vLLM's.
+
+    >>> index = PrefixIndex(blocks=8)
+    >>> first = block_keys([5, 6, 7, 8, 9], size=2)  # the fifth token fills no block
+    >>> table = index.insert(first, index.alloc(2))
+    >>> index.free(table), index.available  # nobody holds them, but they are still there
+    (None, 8)
+    >>> index.match(block_keys([5, 6, 7, 7], size=2)) == table[:1]
+    True
+
+Here is the book-keeping alone, on the host: numbers of blocks. Where keys and values lie is the caller's affair.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+
+class OutOfBlocks(RuntimeError):
+    """More blocks are wanted than nobody holds."""
+
+
+def block_keys(tokens: Sequence[int] | np.ndarray, size: int, salt: bytes = b"") -> list[bytes]:
+    """The key of every full block of a text, each made of the one before and the tokens of the block.
+
+    Arguments:
+        size: tokens of a block.
+        salt: texts with different salts share nothing, such as those of two tenants.
+
+    Raises:
+        ValueError: if a block holds no token.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    data = np.asarray(tokens, np.int64).tobytes()
+    step, keys, key = 8 * size, [], hashlib.blake2b(salt, digest_size=16).digest()
+    for at in range(0, len(data) - step + 1, step):
+        key = hashlib.blake2b(key + data[at : at + step], digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+class PrefixIndex:
+    """Numbers of blocks, how many tables hold each, and where the block with a key is.
+
+    A table is the list of a request's blocks. Blocks that nobody holds any more but that have a key stay, and are given
+    away when there is no empty one: the one that was held least recently first, of a text its last one first.
+
+    Two rules make that right, and are the caller's: who holds a block holds those before it, and a table is freed as a
+    whole or from its end. Then no block is ever there without those before it.
+
+    Raises:
+        ValueError: if there is no block.
+    """
+
+    def __init__(self, blocks: int):
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1, got {blocks}")
+        self.ref = [0] * blocks
+        """How many tables hold each block."""
+        self._key: list[Hashable | None] = [None] * blocks
+        self._at: dict[Hashable, int] = {}
+        self._empty = list(range(blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # have a key and no holder; what goes first is first
+
+    @property
+    def available(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._empty) + len(self._idle)
+
+    def alloc(self, n: int) -> list[int]:
+        """Blocks for new contents, held once.
+
+        Raises:
+            OutOfBlocks: if there are not so many that nobody holds; then nothing changes.
+        """
+        if n > self.available:
+            raise OutOfBlocks(f"{n} blocks are wanted, {self.available} of {len(self.ref)} are free")
+        ids = []
+        for _ in range(n):
+            if self._empty:
+                block = self._empty.pop()
+            else:
+                block, _ = self._idle.popitem(last=False)
+                del self._at[self._key[block]]
+                self._key[block] = None
+            self.ref[block] = 1
+            ids.append(block)
+        return ids
+
+    def fork(self, ids: Sequence[int]) -> None:
+        """Let one more table hold these blocks."""
+        for block in ids:
+            if not self.ref[block]:
+                del self._idle[block]
+            self.ref[block] += 1
+
+    def free(self, ids: Sequence[int]) -> None:
+        """Let one table less hold these blocks.
+
+        Raises:
+            ValueError: if nobody holds one of them.
+        """
+        for block in reversed(ids):
+            if not self.ref[block]:
+                raise ValueError(f"block {block} is freed, but nobody holds it")
+            self.ref[block] -= 1
+            if not self.ref[block]:
+                if self._key[block] is None:
+                    self._empty.append(block)
+                else:
+                    self._idle[block] = None
+
+    def match(self, keys: Sequence[Hashable]) -> list[int]:
+        """The blocks of the longest prefix that is there, not held yet: `fork` them before the next `alloc`."""
+        return [self._at[key] for key in keys[: self.look(keys)[0]]]
+
+    def look(self, keys: Sequence[Hashable], guess: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """How many blocks of a prefix are there, and how many of those somebody holds.
+
+        Arguments:
+            guess: an earlier answer; if it is right still, that is found at once.
+        """
+        at, ref = self._at, self.ref
+        there, held = min(guess[0], len(keys)), guess[1]
+        if (there and keys[there - 1] not in at) or (there < len(keys) and keys[there] in at):
+            there = bisect_left(keys, True, key=lambda key: key not in at)
+        if held > there or (held and not ref[at[keys[held - 1]]]) or (held < there and ref[at[keys[held]]]):
+            held = bisect_left(keys, True, hi=there, key=lambda key: not ref[at[key]])
+        return there, held
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many blocks of a table other tables hold as well."""
+        return bisect_left(ids, True, key=lambda block: self.ref[block] < 2)
+
+    def insert(self, keys: Sequence[Hashable], ids: Sequence[int]) -> list[int]:
+        """Make known what the first blocks of a table hold; returns those that the table is to have in their place.
+
+        These are the same ones, but where a key is known already: then the caller holds the known block from now on,
+        and no longer its own, which has the same contents.
+        """
+        out = []
+        for key, block in zip(keys, ids, strict=True):
+            known = self._at.setdefault(key, block)
+            if known == block:
+                self._key[block] = key
+            else:
+                self.fork([known])
+                self.free([block])
+            out.append(known)
+        return out
