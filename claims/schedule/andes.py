@@ -16,7 +16,8 @@ from anabranch.claim import Comparison, Size
 from anabranch.schedule.andes import Andes, _filled, qoes
 from anabranch.schedule.baselines import FCFS, SRPT, Chunked
 from anabranch.schedule.cluster import VLLM
-from anabranch.schedule.serving import Engine, Result, Scheduler, simulate_serving
+from anabranch.schedule.scheduler import Engine, Scheduler
+from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
 
 FIRST_SEED = 100

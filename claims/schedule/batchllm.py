@@ -22,7 +22,8 @@ from anabranch.data import root
 from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.batchllm import BatchLLM, PrefixTree, group_requests, maximize_reuse
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.serving import Engine, Result, Scheduler, simulate_serving
+from anabranch.schedule.scheduler import Engine, Scheduler
+from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
 
 FIRST_SEED = 100

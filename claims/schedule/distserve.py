@@ -17,7 +17,8 @@ from anabranch.claim import Comparison, Size
 from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.cluster import VLLM, Fitted
 from anabranch.schedule.distserve import DistServe, Goals, best_split, splits, ttft_md1
-from anabranch.schedule.serving import Engine, Scheduler, goodput, simulate_serving
+from anabranch.schedule.scheduler import Engine, Scheduler
+from anabranch.schedule.serving import goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 FIRST_SEED = 100

@@ -14,7 +14,8 @@ from anabranch.claim import Comparison, Size
 from anabranch.schedule.baselines import Chunked, Orca
 from anabranch.schedule.cluster import DEVICES, MODELS, Roofline
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.serving import Engine, Result, Scheduler, goodput, simulate_serving
+from anabranch.schedule.scheduler import Engine, Scheduler
+from anabranch.schedule.serving import Result, goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 FIRST_SEED = 100

@@ -10,7 +10,8 @@ from anabranch.drive import scan
 from anabranch.schedule.andes import Andes, TokenPacer, _filled, qoe, qoes
 from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import VLLM
-from anabranch.schedule.serving import Engine, simulate_serving
+from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
 

@@ -9,7 +9,8 @@ import pytest
 from anabranch.plan import simulate, validate
 from anabranch.schedule.batchllm import BatchLLM, PrefixTree, group_requests, maximize_reuse
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.serving import Engine, simulate_serving
+from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
 

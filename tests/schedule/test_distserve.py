@@ -6,7 +6,8 @@ import pytest
 from anabranch.schedule.baselines import Chunked
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline
 from anabranch.schedule.distserve import DistServe, Goals, best_split, phase, place, splits, ttft_md1
-from anabranch.schedule.serving import Engine, goodput, simulate_serving
+from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.serving import goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 

@@ -6,7 +6,8 @@ import pytest
 from anabranch.schedule.baselines import Chunked
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline
 from anabranch.schedule.layered_prefill import LayeredPrefill, expert_traffic, groups_for
-from anabranch.schedule.serving import Engine, simulate_serving
+from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
 

@@ -8,7 +8,8 @@ import pytest
 from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca
 from anabranch.schedule.cluster import Fitted
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.serving import DECODING, WAITING, Batch, Engine, Scheduler, simulate_serving
+from anabranch.schedule.scheduler import DECODING, WAITING, Batch, Engine, Scheduler
+from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
 COST = Fitted((0, 1.0, 0.0), (0, 0.0, 1.0), (0, 0, 0))  # a token of a prompt takes 1 ms, a decode 1 ms

@@ -12,6 +12,7 @@ from anabranch.contract import check
 from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work, side_by_side
 from anabranch.schedule.distserve import ttft_md1
+from anabranch.schedule.scheduler import DECODING, WAITING, Batch, Engine, Scheduler, View
 from anabranch.schedule.semi_pd import (
     FixedShares,
     LatencyModel,
@@ -21,7 +22,7 @@ from anabranch.schedule.semi_pd import (
     example,
     fit_prefill,
 )
-from anabranch.schedule.serving import DECODING, WAITING, Batch, Engine, Scheduler, View, simulate_serving
+from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
 PLAIN = Fitted((100, 0.0, 0.0), (10, 0.0, 0.0), (0, 0, 0))
@@ -268,7 +269,8 @@ def view(now, worker, arrival, first):
     status = np.where(np.isnan(first), WAITING, DECODING).astype(np.int8)
     return View(
         now, np.arange(n), status, np.array(arrival), ints(10), ints(), ints(), ints(1), np.array(first),
-        np.array(first), np.ones(n), np.ones(n), ints(), ints(-1), 100, 16, 200, 0, 8192, 64, worker,
+        np.array(first), np.ones(n), np.ones(n), ints(), ints(-1), 100, 16, 200, 0, 8192, 64, ints(),
+            ints(1), worker,
     )  # fmt: skip
 
 

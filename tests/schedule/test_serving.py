@@ -5,7 +5,8 @@ import pytest
 
 from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work
-from anabranch.schedule.serving import RECOMPUTE, SWAP, Batch, Engine, Scheduler, goodput, simulate_serving
+from anabranch.schedule.scheduler import RECOMPUTE, SWAP, Batch, Engine, Scheduler
+from anabranch.schedule.serving import goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 ALL = [FCFS(), Orca(), Chunked(chunk=64), SRPT()]

@@ -54,7 +54,10 @@ class Tokens:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
         fields = gguf_reader(path).fields
-        read = lambda name, other=None: fields[name].contents() if name in fields else other
+
+        def read(name: str, other: Any = None) -> Any:
+            return fields[name].contents() if name in fields else other
+
         kind, pre = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre", "gpt-2")
         if kind != "gpt2" or pre not in PIECES:
             raise ValueError(

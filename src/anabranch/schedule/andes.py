@@ -20,18 +20,8 @@ from jaxtyping import Array, Bool, Float, Float64, Int, Int64
 from anabranch.cell import Cell, Maybe
 from anabranch.schedule.baselines import prompts
 from anabranch.schedule.cluster import Work
-from anabranch.schedule.serving import (
-    DECODING,
-    RECOMPUTE,
-    SWAP,
-    SWAPPED,
-    WAITING,
-    Batch,
-    Cost,
-    Result,
-    Scheduler,
-    View,
-)
+from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, WAITING, Batch, Cost, Scheduler, View
+from anabranch.schedule.serving import Result
 
 
 def read_at(emitted: Float64[np.ndarray, " l"], tds: float) -> Float64[np.ndarray, " l"]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import equinox as eqx
 import numpy as np
 
-from anabranch.schedule.serving import DECODING, PREFILLING, RECOMPUTE, WAITING, Batch, Scheduler, View
+from anabranch.schedule.scheduler import DECODING, PREFILLING, RECOMPUTE, WAITING, Batch, Scheduler, View
 
 
 def running(view: View) -> tuple[np.ndarray, np.ndarray, int]:

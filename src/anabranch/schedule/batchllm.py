@@ -38,7 +38,7 @@ from jaxtyping import ArrayLike, Bool, Float64, Int64
 from anabranch.plan import Op, Plan, PlanBuilder
 from anabranch.schedule.baselines import batch, prompts, running
 from anabranch.schedule.cluster import Work
-from anabranch.schedule.serving import WAITING, Cost, Scheduler, View
+from anabranch.schedule.scheduler import WAITING, Cost, Scheduler, View
 from anabranch.schedule.workload import Workload
 
 

@@ -15,7 +15,8 @@ from anabranch.schedule.baselines import FCFS, Chunked, Orca
 from anabranch.schedule.cluster import DEVICES, MODELS, Device, LMSpec, Roofline
 from anabranch.schedule.distserve import DistServe, Goals, place
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.serving import Engine, Result, Scheduler, goodput, simulate_serving
+from anabranch.schedule.scheduler import Engine, Scheduler
+from anabranch.schedule.serving import Result, goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 REQUESTS = 600

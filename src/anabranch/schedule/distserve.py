@@ -21,7 +21,8 @@ import equinox as eqx
 
 from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.serving import Engine, Load, Result, View, goodput, simulate_serving
+from anabranch.schedule.scheduler import Engine, Load, View
+from anabranch.schedule.serving import Result, goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
 

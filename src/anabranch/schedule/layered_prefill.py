@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from anabranch.schedule.baselines import admit, batch, prompts, running
 from anabranch.schedule.cluster import Roofline, Work
-from anabranch.schedule.serving import PREFILLING, Scheduler, View
+from anabranch.schedule.scheduler import PREFILLING, Scheduler, View
 
 GROUPS = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
 """Up to so many tokens, so many groups of layers; above, `MOST`."""

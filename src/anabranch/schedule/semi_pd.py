@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Float32, Int64
 
 from anabranch.cell import Event, Learner, Maybe
 from anabranch.schedule.baselines import admit, batch, prompts, running
-from anabranch.schedule.serving import DECODING, Batch, Scheduler, View
+from anabranch.schedule.scheduler import DECODING, Batch, Scheduler, View
 
 KEPT = 8
 """Observations of each phase."""

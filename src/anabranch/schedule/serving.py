@@ -7,198 +7,27 @@
     >>> int(result.tokens.sum()), bool(result.percentile("ttft", 50) < 0.2)
     (10000, True)
 
-A scheduler reads nothing but its `View`, so that one object runs here and drives live sessions. An engine runs one
-iteration after the other; what an iteration takes says its cost (`cluster.py`). An engine with two workers has a loop
-for prompts and one for decodes, on the same weights and blocks; their iterations slow each other by `side_by_side`, and
-the end of one moves whenever another starts or stops beside it.
+A scheduler reads nothing but its `View` (`scheduler.py`), so that one object runs here and drives live sessions
+(`live.py`). An engine runs one iteration after the other; what an iteration takes says its cost (`cluster.py`). An
+engine with two workers has a loop for prompts and one for decodes, on the same weights and blocks; their iterations
+slow each other by `side_by_side`, and the end of one moves whenever another starts or stops beside it.
 """
 
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int8, Int64
+from jaxtyping import Float64, Int64
 
-from anabranch.cell import Policy, State
-from anabranch.keep.blocks import PrefixIndex
+from anabranch.cell import State
 from anabranch.schedule.cluster import Work, side_by_side
+from anabranch.schedule.scheduler import DECODING, DONE, EMPTY, SWAP, SWAPPED, Batch, Engine, Scheduler, View
+from anabranch.schedule.seats import Seats, Taken
 from anabranch.schedule.workload import Workload
 
-EMPTY, WAITING, PREFILLING, DECODING, SWAPPED, DONE = range(6)
-"""What a slot holds: nothing; a request that waits, is being prefilled, decodes, or has been sent to host memory; or
-one that is prefilled and waits for another engine."""
-SWAP, RECOMPUTE = 1, 2
-"""How a request is preempted: its cache goes to host memory, or is dropped and made again."""
 EPS = 1e-9
-
-
-class View(NamedTuple):
-    """What an engine's scheduler sees. Arrays are over slots, in no order; they must not be written to."""
-
-    now: float
-    id: Int64[np.ndarray, " N"]
-    """Increases in the order of arrival; -1 where the slot is empty."""
-    status: Int8[np.ndarray, " N"]
-    arrival: Float64[np.ndarray, " N"]
-    prompt: Int64[np.ndarray, " N"]
-    """Tokens to prefill; after a preemption with those generated so far."""
-    done: Int64[np.ndarray, " N"]
-    """Tokens in the cache."""
-    generated: Int64[np.ndarray, " N"]
-    blocks: Int64[np.ndarray, " N"]
-    """Those it has; of one that waits, those it would get without taking a free one."""
-    first_emit: Float64[np.ndarray, " N"]
-    """When the first token came; NaN before."""
-    last_emit: Float64[np.ndarray, " N"]
-    ttft: Float64[np.ndarray, " N"]
-    tds: Float64[np.ndarray, " N"]
-    preempted: Int64[np.ndarray, " N"]
-    """How often it has been."""
-    limit: Int64[np.ndarray, " N"]
-    """Tokens it will generate, where the scheduler may know; else -1."""
-    free_blocks: int
-    block: int
-    """Tokens of a block."""
-    total_blocks: int
-    queued: int
-    """Requests for which there is no slot yet."""
-    max_tokens: int
-    """In an iteration."""
-    max_seqs: int
-    """Requests in an iteration."""
-    hit: Int64[np.ndarray, " N"]
-    """As `done`; of one that waits, the tokens of its prompt that it would find in the cache."""
-    own: Int64[np.ndarray, " N"]
-    """Blocks that nobody else has: those that come free when it goes."""
-    worker: str = "both"
-    """Whose next iteration it is: `prefill` or `decode` in an engine with two workers."""
-
-    def need(self, tokens: Any) -> Any:
-        """Blocks for so many tokens."""
-        return -(-tokens // self.block)
-
-
-class Batch(NamedTuple):
-    """What the next iteration does."""
-
-    decode: Bool[np.ndarray, " N"]
-    prefill: Int64[np.ndarray, " N"]
-    """Tokens of each prompt, after those that the cache holds."""
-    preempt: Int8[np.ndarray, " N"] | None = None
-    """`SWAP`, `RECOMPUTE`, or 0."""
-    layers: tuple[float, float] = (0.0, 1.0)
-    """The part of the layers through which prompts go, from and to; a prompt is prefilled after the last of them."""
-    timer: float | None = None
-    """If there is nothing to do: when to ask again, unless a request comes before."""
-    share: float = 1.0
-    """The share of the device's units that the iteration may use. Those of two workers may be more than 1 together."""
-    keep: Bool[np.ndarray, " N"] | None = None
-    """Who waits and is to find what the cache now holds of its prompt: that stays, used or not, until a later batch
-    does not say so."""
-
-
-class Scheduler(Policy):
-    """A scheduler of one or more engines: `act(state, view) -> (state, batch)` for the engine that is free.
-
-    Then `learn(state, view, batch, seconds)` is told how long the iteration took.
-    """
-
-    host = True
-    steady: ClassVar[bool] = True
-    """Whether a decision to only decode stays the same until a request comes, ends, or memory runs out; the simulator
-    then runs such iterations at once."""
-    oracle: ClassVar[bool] = False
-    """Whether it is shown how long answers will be, which no real one is."""
-
-    def init(self, *, key=None) -> State:
-        return ()
-
-    def act(self, state: State, x: View) -> tuple[State, Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `act`")
-
-    def learn(self, state: State, x: View, decision: Batch, feedback: float) -> State:  # pyright: ignore
-        return state
-
-    def route(self, engines: list["Load"], request: int) -> int:
-        """Which engine a new request goes to: the one with fewest."""
-        takes = [load for load in engines if load.role != "decode"]
-        return min(takes, key=lambda load: (load.requests, load.engine)).engine
-
-
-class Load(NamedTuple):
-    """How busy an engine is."""
-
-    engine: int
-    role: str
-    requests: int
-    tokens: int
-    """Of prompts that are not prefilled."""
-    free_blocks: int
-
-
-class Cost(Protocol):
-    """What an iteration takes."""
-
-    @property
-    def kv_bytes(self) -> int: ...
-    @property
-    def kv_tokens(self) -> int: ...
-    def iteration(self, work: Work) -> float: ...
-    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]: ...
-    def weight_bytes(self, work: Work) -> float: ...
-    def traffic(self, work: Work) -> float: ...
-
-
-@dataclass(frozen=True)
-class Engine:
-    """One replica of the model.
-
-    Raises:
-        ValueError: if its memory holds no block, or a size is not positive.
-    """
-
-    cost: Cost
-    kv_tokens: int | None = None
-    """By default what the cost says fits."""
-    block: int = 16
-    max_tokens: int = 8192
-    max_seqs: int = 256
-    role: str = "both"
-    """`prefill` engines hand requests on to `decode` engines after their first token."""
-    link: float = 300e9
-    """Bytes a second to other engines."""
-    host: float = 25e9
-    """Bytes a second to host memory."""
-    devices: int = 1
-    workers: int = 1
-    """With 2, prompts and decodes have loops of their own, on one device, one copy of the weights and one cache."""
-    prefixes: bool = False
-    """Whether requests share the blocks in which their prompts begin alike. Those that nobody uses stay in memory until
-    there is no other room, the least recently used go first; they count as free."""
-
-    def __post_init__(self):
-        if self.workers not in (1, 2):
-            raise ValueError(f"workers must be 1 or 2, got {self.workers}")
-        if self.workers == 2 and self.role != "both":
-            raise ValueError(f"an engine of two workers has the role 'both', got {self.role!r}")
-        if self.role not in ("both", "prefill", "decode"):
-            raise ValueError(f"role must be 'both', 'prefill' or 'decode', got {self.role!r}")
-        for name in ("block", "max_tokens", "max_seqs", "link", "host", "devices"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.blocks < 1:
-            raise ValueError(f"kv_tokens must hold a block of {self.block}, got {self.tokens}")
-
-    @property
-    def tokens(self) -> int:
-        return self.cost.kv_tokens if self.kv_tokens is None else self.kv_tokens
-
-    @property
-    def blocks(self) -> int:
-        return self.tokens // self.block
 
 
 @dataclass
@@ -299,141 +128,13 @@ class _Loop:
     takes: float = 1.0
 
 
-class _Running:
+class _Running(Seats):
     """An engine at work."""
 
-    def __init__(self, engine: Engine, number: int, oracle: bool):
-        n = 2 * engine.max_seqs
-        self.engine, self.number, self.oracle = engine, number, oracle
-        ints = lambda value: np.full(n, value, np.int64)
-        floats = lambda: np.full(n, np.nan)
-        self.id, self.status = ints(-1), np.zeros(n, np.int8)
-        self.prompt, self.done, self.generated, self.blocks = (ints(0) for _ in range(4))
-        self.preempted, self.output = ints(0), ints(0)
-        self.arrival, self.first, self.last, self.ttft, self.tds = (floats() for _ in range(5))
-        self.free = engine.blocks
-        self.queue: deque[int] = deque()
-        self.requests = self.waiting_tokens = 0
-        self.state: State = ()
+    def __init__(self, engine: Engine, number: int, oracle: bool, state: State):
+        super().__init__(engine, number, oracle)
+        self.state = state
         self.loops = [_Loop(worker) for worker in (["both"] if engine.workers == 1 else ["decode", "prefill"])]
-        self.peak = 0
-        self.index = PrefixIndex(engine.blocks) if engine.prefixes else None
-        self.keys: Any = np.full(n, None)  # of the blocks of a prompt, and of those that it may find
-        self.finds: Any = np.full(n, None)
-        self.tables, self.seen, self.kept = [[] for _ in range(n)], [(0, 0)] * n, []
-
-    def load(self) -> Load:
-        return Load(self.number, self.engine.role, self.requests, self.waiting_tokens, self.free)
-
-    def view(self, now: float, worker: str) -> View:
-        engine = self.engine
-        blocks, hit, own = self.found() if self.index else (self.blocks, self.done, self.blocks)
-        return View(
-            now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, blocks, self.first,
-            self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else np.full_like(self.id, -1),
-            self.free, engine.block, engine.blocks, len(self.queue), engine.max_tokens, engine.max_seqs,
-            hit, own, worker,
-        )  # fmt: skip
-
-    def seat(self, load: Workload) -> None:
-        """Give slots to requests in the queue."""
-        if not self.queue:
-            return
-        for slot in np.flatnonzero(self.status == EMPTY)[: len(self.queue)].tolist():
-            i = self.queue.popleft()
-            self.id[slot], self.status[slot], self.arrival[slot] = i, WAITING, load.arrival[i]
-            self.prompt[slot], self.output[slot] = load.prompt[i], load.output[i]
-            self.ttft[slot], self.tds[slot] = load.ttft[i], load.tds[i]
-            self.keys[slot] = load.keys(i, self.engine.block) if self.index else []
-            # Its last token is never found but computed: what follows it comes from that.
-            self.finds[slot] = self.keys[slot][: (int(load.prompt[i]) - 1) // self.engine.block]
-            for column in (self.done, self.generated, self.blocks, self.preempted):
-                column[slot] = 0
-            self.first[slot] = self.last[slot] = np.nan
-
-    def hold(self, slots: np.ndarray, tokens: np.ndarray) -> None:
-        """Let requests have the blocks for so many tokens.
-
-        Raises:
-            RuntimeError: if there are too few; a scheduler must not ask for more than there are.
-        """
-        need = np.maximum(self.blocks[slots], -(-tokens // self.engine.block))
-        more = int((need - self.blocks[slots]).sum())
-        if more > self.free:
-            raise RuntimeError(f"the scheduler needs {more} blocks of engine {self.number}, {self.free} are free")
-        if self.index:
-            for slot, count in zip(slots.tolist(), (need - self.blocks[slots]).tolist()):
-                self.tables[slot] += self.index.alloc(count)
-        self.free -= more
-        self.blocks[slots] = need
-        self.peak = max(self.peak, self.engine.blocks - self.free)
-
-    def release(self, slots: np.ndarray) -> None:
-        self.free += int(self.blocks[slots].sum())
-        self.blocks[slots] = 0
-        if self.index:
-            for slot in slots.tolist():
-                self.index.free(self.tables[slot])
-                self.tables[slot] = []
-            self.free = self.index.available
-
-    # The cache of prefixes; only with an index.
-
-    def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`View.blocks`, `hit` and `own`."""
-        assert self.index
-        blocks, hit, own = self.blocks.copy(), self.done.copy(), self.blocks.copy()
-        for slot in np.flatnonzero(self.blocks).tolist():
-            own[slot] -= self.index.shared(self.tables[slot])
-        waiting = np.flatnonzero(self.status == WAITING)
-        for slot in waiting.tolist():
-            self.seen[slot] = self.index.look(self.finds[slot], self.seen[slot])
-        seen = np.array([self.seen[slot] for slot in waiting.tolist()], np.int64).reshape(-1, 2)
-        hit[waiting], blocks[waiting] = seen[:, 0] * self.engine.block, seen[:, 1]
-        return blocks, hit, own
-
-    def keep(self, slots: np.ndarray) -> None:
-        """Hold what these would find, and nothing else that was held so."""
-        assert self.index
-        kept = [self.index.match(self.finds[slot]) for slot in slots.tolist()]
-        for ids in kept:
-            self.index.fork(ids)
-        for ids in self.kept:
-            self.index.free(ids)
-        self.kept, self.free = kept, self.index.available
-
-    def find(self, slots: np.ndarray) -> None:
-        """Let requests begin with what the cache holds of their prompts."""
-        assert self.index
-        for slot in slots.tolist():
-            table = self.tables[slot]
-            more = self.index.match(self.finds[slot])[len(table) :]
-            self.index.fork(more)
-            table += more
-            tokens = len(table) * self.engine.block
-            self.waiting_tokens -= tokens - int(self.done[slot])
-            self.done[slot], self.blocks[slot] = tokens, len(table)
-        self.free = self.index.available
-
-    def fill(self, slots: np.ndarray, chunk: np.ndarray, fresh: np.ndarray, whole: bool) -> np.ndarray:
-        """Hold the blocks of prompts and make known what they compute; returns the tokens that each still has to.
-
-        One prompt after the other, as `prompts` orders them: those that begin find what the ones before them compute.
-        """
-        assert self.index
-        chunk = chunk.copy()
-        for i in np.lexsort((self.id[slots], fresh)).tolist():
-            one = slots[i : i + 1]
-            slot = int(slots[i])
-            if fresh[i]:
-                self.find(one)
-            chunk[i] = min(chunk[i], self.prompt[slot] - self.done[slot])
-            self.hold(one, self.done[one] + chunk[i])
-            if whole:
-                known = self.keys[slot][: (self.done[slot] + chunk[i]) // self.engine.block]
-                self.tables[slot][: len(known)] = self.index.insert(known, self.tables[slot][: len(known)])
-                self.free = self.index.available
-        return chunk
 
 
 def simulate_serving(
@@ -453,16 +154,11 @@ def simulate_serving(
     return _Simulation(workload, engines, scheduler, fast_forward, record).run(until)
 
 
-_COLUMNS = "id arrival prompt done generated first last ttft tds preempted output keys finds".split()
-
-
 class _Simulation:
     def __init__(self, load: Workload, engines: Sequence[Engine], scheduler: Scheduler, fast: bool, record: bool):
         self.load, self.scheduler, self.record = load, scheduler, record
         self.fast = fast and scheduler.steady and not record
-        self.engines = [_Running(engine, i, scheduler.oracle) for i, engine in enumerate(engines)]
-        for one in self.engines:
-            one.state = scheduler.init()
+        self.engines = [_Running(engine, i, scheduler.oracle, scheduler.init()) for i, engine in enumerate(engines)]
         ends = np.concatenate([[0], np.cumsum(load.output)])
         self.result = Result(load, sum(e.devices for e in engines), ends, np.full(int(ends[-1]), np.nan), [])
         self.act, self.learn = scheduler.act, scheduler.learn  # an Equinox module binds them anew at every call
@@ -533,44 +229,26 @@ class _Simulation:
         one.seat(self.load)
         view = one.view(now, loop.worker)
         one.state, batch = self.act(one.state, view)
+        extra = 0.0
         if batch.preempt is not None and batch.preempt.any():
-            extra = self.preempt(one, batch.preempt)
-        else:
-            extra = 0.0
-        decode, prompts = np.flatnonzero(batch.decode), np.flatnonzero(batch.prefill)
+            extra = self.moved(one, int(one.done[batch.preempt == SWAP].sum()))
+            self.result.preemptions += int(np.count_nonzero(batch.preempt))
+            one.preempt(batch.preempt)
         loop.wake += 1
-        if not len(decode) and not len(prompts):
+        if not batch.decode.any() and not batch.prefill.any():
             if batch.timer is not None:
                 again = lambda t, asked=loop.wake: self.ask(one, t) if loop.wake == asked else None
                 self.at(max(batch.timer, now + EPS), again)
             return False
         loop.idle = False
         if len(one.loops) > 1:
-            self.apart(one, loop, decode, prompts, batch.preempt)
-        low, high = batch.layers
-        chunk, fresh = batch.prefill[prompts], one.status[prompts] == WAITING
-        back = decode[one.status[decode] == SWAPPED]
-        extra += self.moved(one, int(one.done[back].sum()))
+            self.apart(one, loop, batch)
+        extra += self.moved(one, int(one.done[batch.decode & (one.status == SWAPPED)].sum()))
+        taken = one.take(batch, type(self.scheduler).__name__)
+        decode, prompts = taken.decode, taken.prompts
         if one.index:
-            one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
-            one.find(prompts[fresh])
-        if len(prompts):
-            over = chunk > one.prompt[prompts] - one.done[prompts]
-            if over.any() or (one.status[prompts] > PREFILLING).any():
-                raise RuntimeError(f"{type(self.scheduler).__name__} prefills what is not there")
-            if one.index:
-                chunk = one.fill(prompts, chunk, fresh, high >= 1.0)
-                self.result.cached += int(one.done[prompts[fresh & (one.preempted[prompts] == 0)]].sum())
-            else:
-                one.hold(prompts, one.done[prompts] + chunk)
-            one.status[prompts] = PREFILLING
-            self.result.prefilled += int(chunk.sum()) if high >= 1.0 else 0
-        if len(decode):
-            held = one.status[decode]
-            if ((held != DECODING) & (held != SWAPPED)).any():
-                raise RuntimeError(f"{type(self.scheduler).__name__} decodes what is not prefilled")
-            one.hold(decode, one.done[decode] + 1)
-            one.status[decode] = DECODING
+            self.result.cached += int(one.done[prompts[taken.fresh & (one.preempted[prompts] == 0)]].sum())
+        self.result.prefilled += int(taken.chunk.sum()) if taken.whole else 0
         cost = one.engine.cost
         fast = self.fast and len(one.loops) == 1 and batch.share == 1.0
         if fast and not len(prompts) and not extra and batch.preempt is None:
@@ -583,43 +261,27 @@ class _Simulation:
                 steps = min(steps, int(np.searchsorted(ends, comes, "left")) + 1)
                 self.decoded(one, loop, decode, ends[:steps], batch, view)
                 return True
-        work = Work(chunk, one.done[prompts], one.done[decode], high - low, batch.share)
+        low, high = batch.layers
+        work = Work(taken.chunk, one.done[prompts], one.done[decode], high - low, batch.share)
         self.result.weight_bytes += cost.weight_bytes(work)
         if self.record:
-            tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), chunk.tolist())
+            tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), taken.chunk.tolist())
             self.result.log.append((one.number, now, *tokens))
-        then = lambda t: self.end(one, loop, now, t, decode, prompts, chunk, high >= 1.0, view, batch)
+        then = lambda t: self.end(one, loop, now, t, taken, view, batch)
         if len(one.loops) > 1:
             loop.work, loop.then, loop.extra, loop.left, loop.since = work, then, extra, 1.0, now
         else:
             self.at(now + cost.iteration(work) + extra, then)
         return True
 
-    def apart(self, one: _Running, loop: _Loop, decode: np.ndarray, prompts: np.ndarray, how) -> None:
+    def apart(self, one: _Running, loop: _Loop, batch: Batch) -> None:
         """See that a worker does its own work only, and leaves alone what the other is busy with."""
-        if len(prompts if loop.worker == "decode" else decode):
+        if (batch.prefill if loop.worker == "decode" else batch.decode).any():
             raise RuntimeError(f"{type(self.scheduler).__name__} gives the {loop.worker} worker what is not its work")
         busy = [other.slots for other in one.loops if not other.idle and other is not loop]
-        if how is not None and busy and how[busy[0]].any():
+        if batch.preempt is not None and busy and batch.preempt[busy[0]].any():
             raise RuntimeError(f"{type(self.scheduler).__name__} preempts what the other worker is busy with")
-        loop.slots = np.concatenate([decode, prompts])
-
-    def preempt(self, one: _Running, how: np.ndarray) -> float:
-        """Take the cache from some requests; returns the seconds that this takes."""
-        seconds = 0.0
-        slots = np.flatnonzero(how)
-        self.result.preemptions += len(slots)
-        one.preempted[slots] += 1
-        for kind in (SWAP, RECOMPUTE):
-            some = slots[how[slots] == kind]
-            if kind == SWAP:
-                seconds = self.moved(one, int(one.done[some].sum()))
-                one.status[some] = SWAPPED
-            else:
-                one.prompt[some] = self.load.prompt[one.id[some]] + one.generated[some]
-                one.done[some], one.status[some] = 0, WAITING
-        one.release(slots)
-        return seconds
+        loop.slots = np.flatnonzero(batch.decode | (batch.prefill > 0))
 
     @staticmethod
     def moved(one: _Running, tokens: int) -> float:
@@ -654,26 +316,12 @@ class _Simulation:
         self.account(view.now, float(ends[-1]), k)
         self.at(float(ends[-1]), lambda t: self.after(one, loop, view.now, t, decode, view, batch))
 
-    def end(self, one, loop, start, now, decode, prompts, chunk, whole, view, batch) -> None:
+    def end(self, one: _Running, loop: _Loop, start: float, now: float, taken: Taken, view: View, batch: Batch) -> None:
         """What an iteration leaves behind."""
-        ids = one.id[decode]
-        self.result.emitted[self.result.ends[ids] + one.generated[decode]] = now
-        one.done[decode] += 1
-        one.generated[decode] += 1
-        one.last[decode] = now
-        if whole and len(prompts):
-            one.done[prompts] += chunk
-            one.waiting_tokens -= int(chunk.sum())
-            ready = prompts[one.done[prompts] == one.prompt[prompts]]
-            ids = one.id[ready]
-            self.result.emitted[self.result.ends[ids] + one.generated[ready]] = now
-            one.first[ready] = np.where(one.generated[ready] == 0, now, one.first[ready])
-            one.generated[ready] += 1
-            one.last[ready] = now
-            one.status[ready] = DECODING
-            decode = np.concatenate([decode, ready])
+        slots = one.give(taken, now)
+        self.result.emitted[self.result.ends[one.id[slots]] + one.generated[slots] - 1] = now
         self.account(start, now, 1)
-        self.after(one, loop, start, now, decode, view, batch)
+        self.after(one, loop, start, now, slots, view, batch)
 
     def account(self, start: float, end: float, iterations: int) -> None:
         self.result.busy += end - start
@@ -685,9 +333,7 @@ class _Simulation:
     ) -> None:
         over = decode[one.generated[decode] >= one.output[decode]]
         if len(over):
-            one.release(over)
-            one.status[over], one.id[over] = EMPTY, -1
-            one.requests -= len(over)
+            one.leave(over)
         if one.engine.role == "prefill":
             for slot in np.flatnonzero(one.status == DECODING).tolist():
                 one.status[slot] = DONE
@@ -716,8 +362,7 @@ class _Simulation:
             self.pulls.popleft()
             other = min(room, key=lambda load: (load.requests, load.number))
             to = int(np.flatnonzero(other.status == EMPTY)[0])
-            for name in _COLUMNS:
-                getattr(other, name)[to] = getattr(one, name)[slot]
+            one.move(slot, other, to)
             other.status[to] = DONE  # until it is there
             other.requests += 1
             other.hold(np.array([to]), np.array([one.done[slot] + 1]))
@@ -726,9 +371,7 @@ class _Simulation:
             self.at(now + took, lambda t, a=one, b=other, i=slot, j=to: self.pulled(a, b, i, j, t))
 
     def pulled(self, one: _Running, other: _Running, slot: int, to: int, now: float) -> None:
-        one.release(np.array([slot]))
-        one.status[slot], one.id[slot] = EMPTY, -1
-        one.requests -= 1
+        one.leave(np.array([slot]))
         other.status[to] = DECODING
         for engine in (one, other):
             self.ask(engine, now)
