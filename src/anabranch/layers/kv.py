@@ -61,7 +61,7 @@ class KV(eqx.Module):
 
 
 class Rows(eqx.Module):
-    """The memories of one layer and N streams, extended by one token each for R of them."""
+    """The memories of one layer and N streams."""
 
     k: Float[Array, "N kv S D"]
     v: Float[Array, "N kv S D"]
@@ -74,8 +74,21 @@ class Rows(eqx.Module):
         positions: Int[Array, " R"],
         stream: Int[Array, " R"],
     ) -> tuple[Float[Array, "R heads*D"], "Rows"]:
-        """As `KV.extend`, of different streams; a stream of N or more is none, and is not written."""
+        """One token each of R different streams; a stream of N or more is none, and is not written."""
         new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
         visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
         one = lambda q, k, v, visible: attend(q[None], k, v, visible[None])[0]
         return jax.vmap(one)(q, new.k[stream], new.v[stream], visible), new
+
+    def fill(
+        self,
+        q: Float[Array, "T heads D"],
+        k: Float[Array, "T kv D"],
+        v: Float[Array, "T kv D"],
+        positions: Int[Array, " T"],
+        stream: Int[Array, ""],
+    ) -> tuple[Float[Array, "T heads*D"], "Rows"]:
+        """T tokens of one stream, as `KV.extend`."""
+        new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
+        visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
+        return attend(q, new.k[stream], new.v[stream], visible), new

@@ -1,6 +1,7 @@
 """The requests of one engine: in which slot each is, what it has and what it needs; simulated and live."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,21 @@ from anabranch.schedule.scheduler import (
     Load,
     View,
 )
-from anabranch.schedule.workload import Workload
 
 _COLUMNS = "id arrival prompt done generated first last ttft tds preempted output asked keys finds".split()
+
+
+class Asked(NamedTuple):
+    """A request that comes."""
+
+    arrival: float
+    prompt: int
+    output: int
+    """Tokens that it gets; live, at most."""
+    ttft: float
+    tds: float
+    keys: list = []
+    """Of the blocks of its prompt, where these may be shared."""
 
 
 class Taken(NamedTuple):
@@ -74,19 +87,18 @@ class Seats:
             hit, own, worker,
         )  # fmt: skip
 
-    def seat(self, load: Workload) -> None:
+    def seat(self, asked: Callable[[int], Asked]) -> None:
         """Give slots to requests in the queue."""
         if not self.queue:
             return
         for slot in np.flatnonzero(self.status == EMPTY)[: len(self.queue)].tolist():
             i = self.queue.popleft()
-            self.id[slot], self.status[slot], self.arrival[slot] = i, WAITING, load.arrival[i]
-            self.prompt[slot] = self.asked[slot] = load.prompt[i]
-            self.output[slot] = load.output[i]
-            self.ttft[slot], self.tds[slot] = load.ttft[i], load.tds[i]
-            self.keys[slot] = load.keys(i, self.engine.block) if self.index else []
+            one = asked(i)
+            self.id[slot], self.status[slot], self.arrival[slot] = i, WAITING, one.arrival
+            self.prompt[slot] = self.asked[slot] = one.prompt
+            self.output[slot], self.ttft[slot], self.tds[slot] = one.output, one.ttft, one.tds
             # Its last token is never found but computed: what follows it comes from that.
-            self.finds[slot] = self.keys[slot][: (int(load.prompt[i]) - 1) // self.engine.block]
+            self.keys[slot], self.finds[slot] = one.keys, one.keys[: (one.prompt - 1) // self.engine.block]
             for column in (self.done, self.generated, self.blocks, self.preempted):
                 column[slot] = 0
             self.first[slot] = self.last[slot] = np.nan

@@ -24,7 +24,7 @@ from jaxtyping import Float64, Int64
 from anabranch.cell import State
 from anabranch.schedule.cluster import Work, side_by_side
 from anabranch.schedule.scheduler import DECODING, DONE, EMPTY, SWAP, SWAPPED, Batch, Engine, Scheduler, View
-from anabranch.schedule.seats import Seats, Taken
+from anabranch.schedule.seats import Asked, Seats, Taken
 from anabranch.schedule.workload import Workload
 
 EPS = 1e-9
@@ -204,6 +204,11 @@ class _Simulation:
         one.waiting_tokens += int(self.load.prompt[i])
         self.ask(one, now)
 
+    def asked(self, i: int, one: _Running) -> Asked:
+        load = self.load
+        keys = load.keys(i, one.engine.block) if one.index else []
+        return Asked(load.arrival[i], int(load.prompt[i]), int(load.output[i]), load.ttft[i], load.tds[i], keys)
+
     def ask(self, one: _Running, now: float, stopped: bool = False) -> None:
         """Begin the next iteration of each worker that has none."""
         started = [self.begin(one, loop, now) for loop in one.loops if loop.idle]
@@ -226,7 +231,7 @@ class _Simulation:
 
     def begin(self, one: _Running, loop: _Loop, now: float) -> bool:
         """Ask for a worker's next iteration, and run it; returns whether there is one."""
-        one.seat(self.load)
+        one.seat(lambda i: self.asked(i, one))
         view = one.view(now, loop.worker)
         one.state, batch = self.act(one.state, view)
         extra = 0.0

@@ -1,0 +1,474 @@
+"""Real sessions of a language model, served by the schedulers that the simulator asks.
+
+    >>> import jax
+    >>> from anabranch.models.llama import Config, Decoder, Llama
+    >>> from anabranch.schedule.baselines import Chunked
+    >>> sizes = Config(vocab=11, width=8, layers=2, heads=4, kv_heads=2, hidden=16)
+    >>> live = Live(Decoder(Llama(sizes, key=jax.random.PRNGKey(0)), size=32), Chunked(chunk=16), sessions=2)
+    >>> said: list[int | None] = []
+    >>> _ = live.submit(Ask([3, 1, 4], limit=5), said.append)
+    >>> while live.turn():
+    ...     pass
+    >>> len(said), said[-1]  # five tokens, and the end
+    (6, None)
+
+An iteration does what the scheduler's `Batch` says: one token more for each of some sessions in one compiled call, and
+so many tokens of some prompts, through some of the layers, one prompt after the other. Sessions keep a slot each in one
+array of keys and values a layer, which is updated in place; blocks are counted, so that a scheduler has to share them.
+
+What was decided, and how long each iteration took, is recorded. `replay` runs the same requests through the simulator
+with these times: a scheduler that sees the same must decide the same.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int8, Int64
+
+from anabranch.decode.base import Draw, sample
+from anabranch.layers.kv import Rows
+from anabranch.models.llama import Decoder, Layer
+from anabranch.schedule.cluster import Work
+from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Scheduler
+from anabranch.schedule.seats import Asked, Seats
+from anabranch.schedule.serving import Result, simulate_serving
+from anabranch.schedule.workload import Workload
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Prompts are filled up to one of these, so that there is one program for each."""
+Emit = Callable[[int | None], None]
+
+
+class Ask(NamedTuple):
+    """What a session is to do."""
+
+    prompt: list[int]
+    limit: int
+    """Tokens of the answer at most."""
+    temperature: float = 0.0
+    """0 is always the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that have so much probability together."""
+    seed: int = 0
+    ttft: float = 1.0
+    """By when the first token is expected, seconds after this."""
+    tds: float = 4.8
+    """How fast the reader reads, tokens a second."""
+
+
+class Full(Exception):
+    """Too many sessions wait: come again later."""
+
+
+@dataclass
+class _Session:
+    number: int
+    ask: Ask
+    arrival: float
+    emit: Emit
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer."""
+    times: list[float] = field(default_factory=list)
+    """When each came."""
+    over: bool = False
+    """It is to have no more."""
+    h: Any = None
+    """Of a prompt on its way through the layers: what came out of the last one."""
+    away: Any = None
+    """Its keys and values, while others have its blocks."""
+
+
+@dataclass
+class Record:
+    """What happened, for `Live.result` and `replay`."""
+
+    sessions: list[_Session] = field(default_factory=list)
+    log: list[tuple] = field(default_factory=list)
+    """As `Result.log`."""
+    ends: list[float] = field(default_factory=list)
+    """Of the iterations."""
+    preemptions: int = 0
+
+
+class _Sizes(NamedTuple):
+    """The cost of a real engine, of which only sizes are known; what an iteration takes is measured."""
+
+    kv_bytes: int
+    kv_tokens: int
+
+    def iteration(self, work: Work) -> float:
+        raise NotImplementedError("what a real iteration takes is measured")
+
+    def decode_steps(self, decode: Any, k: int) -> Any:
+        return self.iteration(Work())
+
+    weight_bytes = traffic = iteration
+
+
+class Live:
+    """Serves sessions: `submit` from any thread; `turn`, or `run`, in one.
+
+    Args:
+        model: whose size is the room of a session, prompt and answer together.
+        sessions: that are in an iteration at most. Twice as many have a place.
+        kv_tokens: that all sessions may hold together; by default as many as their places have.
+        most: tokens of prompts in an iteration.
+        stop: tokens that end an answer.
+        waiting: sessions that may wait for a place.
+        record: keep all that happens, in `record`.
+
+    Raises:
+        ValueError: if a size is not positive, or sessions have no room for a block.
+    """
+
+    def __init__(
+        self, model: Decoder, scheduler: Scheduler, *, sessions: int = 8, kv_tokens: int | None = None, block: int = 16,
+        most: int = 8192, stop: frozenset[int] | set[int] = frozenset(), waiting: int = 1024, record: bool = False,
+    ):  # fmt: skip
+        config, places = model.config, 2 * sessions
+        kv_bytes = 8 * config.layers * config.kv_heads * config.head_width
+        sizes = _Sizes(kv_bytes, places * model.size if kv_tokens is None else kv_tokens)
+        self.engine = Engine(sizes, block=block, max_tokens=most, max_seqs=sessions)
+        self.seats = Seats(self.engine, 0, scheduler.oracle)
+        self.model, self.scheduler, self.stop, self.waiting = model, scheduler, stop, waiting
+        self.state = scheduler.init()
+        shape = places, config.kv_heads, model.size, config.head_width
+        self.memory = tuple(Rows(jnp.zeros(shape), jnp.zeros(shape)) for _ in model.layers)
+        self.room = min(model.size, self.engine.blocks * block)
+        self.record = Record() if record else None
+        self._sessions: dict[int, _Session] = {}
+        self._count = 0
+        self._come: deque[_Session] = deque()
+        self._gone: deque[int] = deque()
+        self._wake = threading.Condition()
+        self._begun = time.monotonic()
+        self._now = 0.0
+        self._timer: float | None = None
+        self._idle = True
+
+    def clock(self) -> float:
+        """Seconds since this began."""
+        return time.monotonic() - self._begun
+
+    # From any thread
+
+    def submit(self, ask: Ask, emit: Emit = lambda token: None) -> int:
+        """Begin a session; `emit` gets each token, and None at the end.
+
+        Raises:
+            Full: if too many wait.
+            ValueError: if the prompt is empty or has a token that is none, or there is no room for it and the answer.
+        """
+        vocab, length = self.model.config.vocab, len(ask.prompt)
+        if not length or ask.limit < 1:
+            raise ValueError(f"prompt and limit must be at least one token, got {length} and {ask.limit}")
+        bad = next((token for token in ask.prompt if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise ValueError(f"prompt: a token must be from 0 to {vocab - 1}, got {bad}")
+        if length + ask.limit > self.room:
+            raise ValueError(f"prompt: {length} tokens and an answer of {ask.limit} have no room in {self.room}")
+        with self._wake:
+            if len(self._come) + len(self.seats.queue) >= self.waiting:
+                raise Full(f"{self.waiting} sessions wait already")
+            session = _Session(self._count, ask, self.clock(), emit)
+            self._count += 1
+            self._sessions[session.number] = session
+            self._come.append(session)
+            self._wake.notify()
+        return session.number
+
+    def cancel(self, number: int) -> None:
+        """End a session, unless it has ended; one whose prompt is on its way ends with its first token."""
+        with self._wake:
+            self._gone.append(number)
+            self._wake.notify()
+
+    # From one thread
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set."""
+        while not stop.is_set():
+            if not self.turn():
+                self.wait(0.05)
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or until the scheduler wants to be asked again, or somebody comes or goes."""
+        if self._timer is not None:
+            seconds = min(seconds, self._timer - self.clock())
+        with self._wake:
+            if not self._come and not self._gone and seconds > 0:
+                self._wake.wait(seconds)
+
+    def turn(self) -> bool:
+        """One iteration; returns whether there was one."""
+        seats, now = self.seats, self._admit()
+        if now is None:
+            return False
+        view = seats.view(now)
+        self.state, batch = self.scheduler.act(self.state, view)
+        if batch.preempt is not None and batch.preempt.any():
+            self._preempt(batch.preempt)
+        self._idle, self._timer = not (batch.decode.any() or batch.prefill.any()), batch.timer
+        if self._idle:
+            return False
+        for slot in np.flatnonzero(batch.decode & (seats.status == SWAPPED)).tolist():
+            session = self._at(slot)
+            self.memory, session.away = _put(self.memory, slot, session.away), None
+        taken = seats.take(batch, type(self.scheduler).__name__)
+        tokens = self._decode(taken.decode)
+        for slot, chunk in zip(taken.prompts.tolist(), taken.chunk.tolist(), strict=True):
+            tokens[slot] = self._prefill(slot, chunk, *batch.layers)
+        end = self.clock()
+        if self.record is not None:
+            ids = [seats.id[slots].tolist() for slots in (taken.decode, taken.prompts)]
+            self.record.log.append((0, now, *ids, taken.chunk.tolist()))
+            self.record.ends.append(end)
+        for slot in seats.give(taken, end).tolist():
+            session, token = self._at(slot), int(tokens[slot])
+            session.tokens.append(token)
+            session.times.append(end)
+            session.emit(token)
+            if session.over or token in self.stop or len(session.tokens) >= session.ask.limit:
+                self._end(session, slot)
+        self.state = self.scheduler.learn(self.state, view, batch, end - now)
+        self._now = end
+        return True
+
+    def _at(self, slot: int) -> _Session:
+        return self._sessions[int(self.seats.id[slot])]
+
+    def _admit(self) -> float | None:
+        """Let those in who have come, and those out who go; returns what time it is, or None while nothing is to do.
+
+        For a scheduler time stands still between an iteration and the next one, and after a rest it goes on with who
+        comes first: as in the simulator, which could not decide the same otherwise.
+        """
+        seats = self.seats
+        with self._wake:
+            for number in [self._gone.popleft() for _ in range(len(self._gone))]:
+                if number in self._sessions:
+                    self._cancel(self._sessions[number])
+            if self._idle:
+                due = [self._come[0].arrival] if self._come else []
+                due += [self._timer] if self._timer is not None and self._timer <= self.clock() else []
+                if not due:
+                    return None
+                self._now = max(self._now, min(due))
+            while self._come and self._come[0].arrival <= self._now:
+                session = self._come.popleft()
+                seats.queue.append(session.number)
+                seats.requests += 1
+                seats.waiting_tokens += len(session.ask.prompt)
+                if self.record is not None:
+                    self.record.sessions.append(session)
+        seats.seat(self._asked)
+        return self._now
+
+    def _asked(self, number: int) -> Asked:
+        session = self._sessions[number]
+        ask = session.ask
+        return Asked(session.arrival, len(ask.prompt), ask.limit, ask.ttft, ask.tds)
+
+    def _cancel(self, session: _Session) -> None:
+        found = np.flatnonzero(self.seats.id == session.number)
+        if session in self._come:
+            self._come.remove(session)
+            self._end(session)
+        elif not len(found):
+            self.seats.queue.remove(session.number)
+            self.seats.requests -= 1
+            self._end(session)
+        elif self.seats.status[found[0]] == PREFILLING:
+            session.over = True  # its scheduler may count on it
+        else:
+            self._end(session, int(found[0]))
+
+    def _end(self, session: _Session, slot: int | None = None) -> None:
+        if slot is not None:
+            self.seats.leave(np.array([slot]))
+        del self._sessions[session.number]
+        session.h = session.away = None
+        session.emit(None)
+
+    def _preempt(self, how: Int8[np.ndarray, " N"]) -> None:
+        for slot in np.flatnonzero(how == SWAP).tolist():
+            self._at(slot).away = jax.device_get(_get(self.memory, slot))
+        if self.record is not None:
+            self.record.preemptions += int(np.count_nonzero(how))
+        self.seats.preempt(how)
+
+    def _decode(self, slots: Int64[np.ndarray, " k"]) -> dict[int, int]:
+        """One token more for each of these."""
+        if not len(slots):
+            return {}
+        rows = max(2, 1 << (len(slots) - 1).bit_length())  # XLA would copy the memory for one
+        pad = rows - len(slots)
+        sessions = [self._at(slot) for slot in slots.tolist()]
+        tokens = np.pad([session.tokens[-1] for session in sessions], (0, pad))
+        positions, streams = np.pad(self.seats.done[slots], (0, pad)), np.pad(slots, (0, pad), constant_values=1 << 30)
+        draw, how = _sampling(sessions, pad)
+        self.memory, said = _step(self.model, self.memory, tokens, positions, streams, draw, how=how)
+        return dict(zip(slots.tolist(), np.asarray(said).tolist()))
+
+    def _prefill(self, slot: int, count: int, low: float, high: float) -> int:
+        """Part of a prompt through some layers; returns what follows, if it is all of it and the last of them."""
+        session, config, start = self._at(slot), self.model.config, int(self.seats.done[slot])
+        a, b = round(low * config.layers), round(high * config.layers)
+        if a == 0:
+            text = (session.ask.prompt + session.tokens)[start : start + count]
+            length = next((length for length in LENGTHS if length >= count), count)
+            session.h = self.model.embedding[np.pad(text, (0, length - count))]
+        memory = list(self.memory)
+        for i in range(a, b):
+            session.h, memory[i] = _layer(self.model.layers[i], memory[i], session.h, slot, start)
+        self.memory = tuple(memory)
+        if b < config.layers:
+            return -1
+        h, session.h = session.h, None
+        if start + count < self.seats.prompt[slot]:
+            return -1
+        draw, how = _sampling([session], 0)
+        return int(_first(self.model, h, count - 1, draw, how=how)[0])
+
+    # Afterwards
+
+    def result(self) -> Result:
+        """What became of the sessions that were recorded; those without a token are left out.
+
+        Raises:
+            ValueError: if nothing was.
+        """
+        if self.record is None or not self.record.sessions:
+            raise ValueError("nothing was recorded")
+        some = [session for session in self.record.sessions if session.tokens]
+        first = some[0].arrival
+        load = Workload(
+            np.array([session.arrival - first for session in some]),
+            np.array([len(session.ask.prompt) for session in some]),
+            np.array([len(session.tokens) for session in some]),
+            np.array([session.ask.ttft for session in some]),
+            np.array([session.ask.tds for session in some]),
+        )
+        ends, log = np.concatenate([[0], np.cumsum(load.output)]), self.record.log
+        busy = sum(end - start for end, (_, start, *_) in zip(self.record.ends, log, strict=True))
+        return Result(
+            load, 1, ends, np.concatenate([session.times for session in some]) - first, [],
+            seconds=self.record.ends[-1] - first, busy=busy, iterations=len(log),
+            preemptions=self.record.preemptions, log=log,
+        )  # fmt: skip
+
+
+def serve(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
+    """Serve a workload as it comes, in real time, and wait for its end. `live` must record, and not be in use.
+
+    Raises:
+        ValueError: if a prompt has another length than the workload says.
+    """
+    for i, (prompt, length) in enumerate(zip(prompts, load.prompt.tolist(), strict=True)):
+        if len(prompt) != length:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the workload says {length}")
+
+    def send() -> None:
+        for i, prompt in enumerate(prompts):
+            time.sleep(max(0.0, start + load.arrival[i] - live.clock()))
+            live.submit(Ask(prompt, int(load.output[i]), ttft=load.ttft[i], tds=load.tds[i]))
+
+    start = live.clock()
+    sender = threading.Thread(target=send)
+    sender.start()
+    while live.turn() or sender.is_alive() or live.seats.requests:
+        if live._idle:
+            live.wait(0.05)
+    sender.join()
+    return live.result()
+
+
+class _Measured:
+    """The cost of iterations that have been: each takes what it took, and if there are more, these as long on average."""
+
+    def __init__(self, live: Live):
+        assert live.record is not None
+        self.kv_bytes, self.kv_tokens = live.engine.cost.kv_bytes, live.engine.cost.kv_tokens
+        times = [end - start for end, (_, start, *_) in zip(live.record.ends, live.record.log, strict=True)]
+        self.times, self.mean = iter(times), float(np.mean(times))
+
+    def iteration(self, work: Work) -> float:
+        return next(self.times, self.mean)
+
+    def decode_steps(self, decode: Any, k: int) -> Any:
+        raise NotImplementedError("iterations are replayed one by one")
+
+    def weight_bytes(self, work: Work) -> float:
+        return 0.0
+
+    traffic = weight_bytes
+
+
+def replay(live: Live, scheduler: Scheduler) -> Result:
+    """The recorded requests once more, simulated: a scheduler that decides as the one that was live has the same log.
+
+    Its times may differ in the last digits, since the simulator adds them up.
+
+    Raises:
+        ValueError: if nothing was recorded.
+    """
+    if live.record is None or not live.record.sessions:
+        raise ValueError("nothing was recorded")
+    sessions = live.record.sessions
+    load = Workload(
+        np.array([session.arrival for session in sessions]),
+        np.array([len(session.ask.prompt) for session in sessions]),
+        np.array([len(session.tokens) for session in sessions]),
+        np.array([session.ask.ttft for session in sessions]),
+        np.array([session.ask.tds for session in sessions]),
+    )
+    engine = replace(live.engine, cost=_Measured(live), kv_tokens=live.engine.tokens, host=np.inf)
+    return simulate_serving(load, [engine], scheduler, record=True)
+
+
+# What runs on the device
+
+
+@partial(jax.jit, donate_argnums=1, static_argnames="how")
+def _step(model: Decoder, memory, tokens, positions, streams, draw: Draw, how: str):
+    memory, logits = model.rows(memory, tokens, positions, streams)
+    return memory, sample(logits, draw, how)
+
+
+@partial(jax.jit, donate_argnums=1)
+def _layer(layer: Layer, memory: Rows, h, stream, start):
+    positions = start + jnp.arange(len(h))
+    return layer(h, positions, lambda q, k, v, at: memory.fill(q, k, v, at, stream))
+
+
+@partial(jax.jit, static_argnames="how")
+def _first(model: Decoder, h, at, draw: Draw, how: str):
+    return sample(model.logits(h[at][None], jnp.zeros(1, jnp.int32)), draw, how)
+
+
+@jax.jit
+def _get(memory, stream):
+    return jax.tree.map(lambda x: x[stream], memory)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(memory, stream, away):
+    return jax.tree.map(lambda x, y: x.at[stream].set(y), memory, away)
+
+
+def _sampling(sessions: list[_Session], pad: int) -> tuple[Draw, str]:
+    column: Any = lambda f, kind: np.pad(np.array([f(session) for session in sessions], kind), (0, pad))
+    draw = Draw(
+        column(lambda s: s.ask.temperature, np.float32), column(lambda s: s.ask.top_p, np.float32),
+        column(lambda s: s.ask.seed, np.int32), column(lambda s: len(s.tokens), np.int32),
+    )  # fmt: skip
+    warm = draw.temperature > 0
+    return draw, "likeliest" if not warm.any() else "top_p" if (draw.top_p[warm] < 1).any() else "all"

@@ -1,0 +1,166 @@
+"""Real sessions under the schedulers of the simulator."""
+
+import threading
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anabranch.models.llama import Config, Decoder, Llama
+from anabranch.schedule.andes import Andes
+from anabranch.schedule.baselines import FCFS, Chunked, Orca
+from anabranch.schedule.cluster import Fitted
+from anabranch.schedule.layered_prefill import LayeredPrefill
+from anabranch.schedule.live import Ask, Full, Live, replay, serve
+from anabranch.schedule.workload import Workload
+
+CONFIG = Config(vocab=37, width=24, layers=4, heads=6, kv_heads=2, hidden=40, rope_base=1000.0)
+SLOW = Fitted((1.0, 0.1, 0.0), (30.0, 0.0, 0.1), (30.0, 0.0, 0.1))
+"""A cost by which time is always scarce: Andes has to choose."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    llama = jax.tree.map(lambda x: 4 * x, eqx.filter_jit(Llama)(CONFIG, key=jax.random.PRNGKey(0)))
+    return Decoder(llama, size=64)
+
+
+@pytest.fixture(scope="module")
+def requests(model):
+    """Prompts, lengths of answers, and the answers of the model alone."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 37, n).tolist() for n in (3, 30, 17, 9, 22, 5)]
+    limits = [12, 6, 9, 15, 4, 8]
+    step = jax.jit(lambda model, state, x: model.step(state, x))
+    answers = []
+    for prompt, limit in zip(prompts, limits, strict=True):
+        state, answer = model.init(), []
+        for token in prompt[:-1]:
+            state, _ = step(model, state, jnp.int32(token))
+        token = prompt[-1]
+        for _ in range(limit):
+            state, logits = step(model, state, jnp.int32(token))
+            token = int(jnp.argmax(logits))
+            answer.append(token)
+        answers.append(answer)
+    load = Workload(np.linspace(0, 0.02, 6), np.array([len(p) for p in prompts]), np.array(limits))
+    return load, prompts, answers
+
+
+SCHEDULERS = {
+    "fcfs": FCFS(),
+    "orca": Orca(),
+    "chunked": Chunked(chunk=16),
+    "layered": LayeredPrefill(layers=4, most=40),
+    "andes": Andes(SLOW),
+    "andes, made again": Andes(SLOW, swap=False),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_answers_are_those_of_the_model_alone_and_a_replay_decides_the_same(model, requests, name):
+    load, prompts, answers = requests
+    live = Live(model, SCHEDULERS[name], sessions=3, kv_tokens=96, record=True)
+    result = serve(live, load, prompts)
+    assert [session.tokens for session in live.record.sessions] == answers
+    assert result.tokens.tolist() == load.output.tolist()
+    assert live.seats.free == live.engine.blocks and not live._sessions
+    again = replay(live, SCHEDULERS[name])
+    assert [(ids, some, chunk) for _, _, ids, some, chunk in again.log] == [
+        (ids, some, chunk) for _, _, ids, some, chunk in result.log
+    ]
+    np.testing.assert_allclose(again.ttft, result.ttft, atol=1e-9)
+    assert again.preemptions == result.preemptions
+    if name.startswith("andes"):
+        assert result.preemptions > 0
+
+
+def test_another_scheduler_decides_otherwise(model, requests):
+    load, prompts, _ = requests
+    live = Live(model, FCFS(), sessions=3, record=True)
+    result = serve(live, load, prompts)
+    assert [line[2:] for line in replay(live, Chunked(chunk=8)).log] != [line[2:] for line in result.log]
+
+
+def drain(live):
+    while live.turn():
+        pass
+
+
+def test_an_answer_ends_at_a_stop_at_its_limit_and_when_it_is_cancelled(model, requests):
+    _, prompts, answers = requests
+    said = [[], [], [], []]
+    live = Live(model, FCFS(), sessions=3, stop={answers[0][3]})
+    live.submit(Ask(prompts[0], 12), said[0].append)
+    live.submit(Ask(prompts[1], 1), said[1].append)
+    numbers = [live.submit(Ask(prompts[2], 40), said[2].append), live.submit(Ask(prompts[3], 40), said[3].append)]
+    live.cancel(numbers[1])  # before it begins
+    for _ in range(4):
+        live.turn()
+    live.cancel(numbers[0])
+    drain(live)
+    first = answers[0].index(answers[0][3]) + 1
+    assert said[0] == [*answers[0][:first], None]
+    assert said[1] == [answers[1][0], None]
+    assert said[3] == [None]
+    assert said[2][-1] is None and 1 <= len(said[2]) < 20
+    assert live.seats.requests == 0 and live.seats.free == live.engine.blocks
+
+
+def test_a_prompt_on_its_way_through_the_layers_ends_with_its_first_token(model, requests):
+    _, prompts, _ = requests
+    said = []
+    live = Live(model, LayeredPrefill(layers=4), sessions=2)
+    number = live.submit(Ask((prompts[1] * 2)[:50], 8), said.append)
+    live.submit(Ask(prompts[0], 2))
+    live.turn()
+    live.cancel(number)
+    drain(live)
+    assert said[-1] is None and len(said) <= 2 and live.seats.requests == 0
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(model, requests):
+    _, prompts, _ = requests
+
+    def drawn(together):
+        live, said = Live(model, Chunked(chunk=16), sessions=4), []
+        live.submit(Ask(prompts[0], 10, temperature=1.0, seed=7), said.append)
+        for i in range(together):
+            live.submit(Ask(prompts[i + 1], 10, temperature=1.0, top_p=0.5, seed=7))
+        drain(live)
+        return said
+
+    assert drawn(0) == drawn(2)
+
+
+def test_it_serves_in_a_thread(model, requests):
+    _, prompts, answers = requests
+    live, stop, done, said = Live(model, Orca(), sessions=2), threading.Event(), threading.Event(), []
+    thread = threading.Thread(target=live.run, args=(stop,))
+    thread.start()
+    live.submit(Ask(prompts[2], 9), lambda token: (said.append(token), token is None and done.set()))
+    assert done.wait(60)
+    stop.set()
+    thread.join(10)
+    assert said == [*answers[2], None]
+
+
+def test_bad_requests_are_refused(model):
+    live = Live(model, FCFS(), sessions=1, waiting=1)
+    for ask, text in (
+        (Ask([], 3), "prompt and limit must be at least one token, got 0 and 3"),
+        (Ask([1], 0), "got 1 and 0"),
+        (Ask([1, 37], 3), "a token must be from 0 to 36, got 37"),
+        (Ask([1] * 60, 5), "60 tokens and an answer of 5 have no room in 64"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            live.submit(ask)
+    live.submit(Ask([1], 1))
+    with pytest.raises(Full, match="1 sessions wait already"):
+        live.submit(Ask([1], 1))
+    with pytest.raises(ValueError, match="prompt 0 has 1 tokens, the workload says 2"):
+        serve(live, Workload.synthetic(1, 2, 2), [[1]])
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        live.result()
