@@ -12,6 +12,7 @@ serve: .venv/serve
 
 test: .venv/test
 	scripts/servers
+	$(BIN)/anabranch fetch smollm2
 	JAX_COMPILATION_CACHE_DIR=$${JAX_COMPILATION_CACHE_DIR:-$(CURDIR)/.cache/jax} $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev

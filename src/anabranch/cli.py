@@ -96,8 +96,8 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address, instead of the one in the file.")] = None,
     port: Annotated[int | None, typer.Option(help="Port, instead of the one in the file; 0 is any.")] = None,
 ) -> None:
-    """Serve a pipeline or a cell to live clients until SIGTERM; a later server goes on where it ended."""
-    from anabranch.run.config import ConfigError, read_served
+    """Serve a pipeline, a cell or a language model to live clients until SIGTERM; pipelines and cells go on later."""
+    from anabranch.run.config import ConfigError, ServedModelFile, read_served
 
     try:
         config = read_served(pipeline)
@@ -105,9 +105,35 @@ def serve(
         config = config.model_copy(update={"serve": config.serve.model_copy(update=said)})
         from anabranch.run import server
 
-        server.serve(config, pipeline.parent)
-    except (ConfigError, ImportError) as error:
+        if isinstance(config, ServedModelFile):
+            _serve_model(config, pipeline.parent)
+        else:
+            server.serve(config, pipeline.parent)
+    except (ConfigError, ImportError, FileNotFoundError, ValueError) as error:
         _fail(error)
+
+
+def _serve_model(config: Any, folder: Path) -> None:
+    from anabranch.models import weights
+    from anabranch.models.llama import Decoder, int8
+    from anabranch.models.tokens import Tokens
+    from anabranch.run import openai, server
+    from anabranch.run.config import ConfigError, resolve
+    from anabranch.schedule.live import Live
+
+    said = config.model
+    scheduler = resolve(said.scheduler, folder, "model.scheduler")
+    try:
+        scheduler = scheduler(**said.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.options: {error}") from None
+    file = weights.find(said.weights, folder)
+    text, model = Tokens.of(file), Decoder(weights.load(file), said.size)
+    live = Live(
+        int8(model) if said.int8 else model, scheduler, sessions=said.sessions, stop=text.stop,
+        waiting=config.serve.queue,
+    )  # fmt: skip
+    server.run(openai.LanguageServer(said.name, live, text, config.serve).app, config.serve)
 
 
 @app.command()

@@ -331,7 +331,7 @@ class Decoder(Cell):
         """One token each for R of N streams whose memories are kept together; a stream of N or more is none."""
         h, new = self.embedding[xs], list(memory)
         for i, layer in enumerate(self.layers):
-            h, new[i] = layer(h, positions, lambda *qkvp, i=i: memory[i].extend(*qkvp, stream))
+            h, new[i] = layer(h, positions, lambda q, k, v, at, i=i: memory[i].extend(q, k, v, at, stream))
         return tuple(new), self.logits(h, positions)
 
 

@@ -276,6 +276,18 @@ def fetch_smollm2() -> Path:
     return file
 
 
+def find(name: str, folder: Path | None = None) -> Path:
+    """The file of a model: of `smollm2`, or the one of that path, from `folder`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = smollm2_file() if name == "smollm2" else (folder or Path()) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model {path}")
+    return path
+
+
 def smollm2() -> Llama:
     """SmolLM2-135M-Instruct.
 

@@ -13,19 +13,12 @@ import numpy as np
 from anabranch.batching import Scheduler, View
 from anabranch.run.live import Live, NotTaken, Stuck
 from anabranch.run.metrics import Metrics
+from anabranch.sessions import Full
 
 log = logging.getLogger("anabranch.serve")
 
 
 WATCHED = 16
-
-
-class Full(Exception):
-    """There is no room for more events; come again after `after` seconds."""
-
-    def __init__(self, what: str, after: float):
-        super().__init__(f"{what} is full; come again in {after:g} s")
-        self.after = after
 
 
 class Closed(Exception):

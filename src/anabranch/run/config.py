@@ -263,6 +263,32 @@ class ServedCellFile(Section):
     serve: ServeConfig = Field(default_factory=lambda: ServeConfig.model_validate({}))
 
 
+class ModelConfig(Section):
+    """A language model that is served: a file with `[model]` in place of a source and stages."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_./:-]+$")
+    """As clients ask for it."""
+    weights: str
+    """`smollm2`, once it has been fetched, or a GGUF file."""
+    sessions: int = Field(8, ge=1)
+    """That are stepped together at most; twice as many have a place."""
+    size: int = Field(2048, ge=16)
+    """Tokens of a session, prompt and answer together."""
+    int8: bool = False
+    """Round the weights to int8."""
+    scheduler: str = "anabranch.schedule.baselines:Chunked"
+    """`module:name` of what says which prompts and answers go on next."""
+    options: dict[str, Any] = {"chunk": 256}
+    """Of the scheduler."""
+
+
+class ServedModelFile(Section):
+    """A whole file of a language model that is served."""
+
+    model: ModelConfig
+    serve: ServeConfig = Field(default_factory=lambda: ServeConfig.model_validate({}))
+
+
 def read(path: str | os.PathLike) -> PipelineConfig:
     """Read and check a pipeline file; paths in it are relative to it, `out` to the working directory.
 
@@ -279,15 +305,16 @@ def read(path: str | os.PathLike) -> PipelineConfig:
     return config
 
 
-def read_served(path: str | os.PathLike) -> PipelineConfig | ServedCellFile:
-    """Read and check what `anabranch serve` serves: a pipeline or a bare cell.
+def read_served(path: str | os.PathLike) -> PipelineConfig | ServedCellFile | ServedModelFile:
+    """Read and check what `anabranch serve` serves: a pipeline, a bare cell or a language model.
 
     Raises:
         ConfigError: if the file is missing, is not TOML, or says something it may not.
     """
     path = Path(path)
     raw = _toml(path)
-    config = _checked(path, raw, ServedCellFile if "cell" in raw else PipelineConfig)
+    kinds = {"cell": ServedCellFile, "model": ServedModelFile}
+    config = _checked(path, raw, next((kind for name, kind in kinds.items() if name in raw), PipelineConfig))
     for name in ("tokens", "certificate", "key"):
         file = getattr(config.serve, name)
         if file is not None:

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
@@ -25,53 +25,9 @@ from starlette.routing import Route
 
 from anabranch.run.access import Access, check_tls
 from anabranch.run.config import ServeConfig, place
+from anabranch.sessions import Ask, Engine, Full, Vocabulary
 
 log = logging.getLogger("anabranch.serve")
-
-
-class Ask(NamedTuple):
-    """What a session is to do."""
-
-    prompt: list[int]
-    limit: int
-    """Tokens of the answer at most."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-class Full(Exception):
-    """There is no room for another session: come again later."""
-
-
-class Vocabulary(Protocol):
-    """Text to tokens and back."""
-
-    stop: set[int]
-
-    def encode(self, text: str) -> list[int]: ...
-    def plain(self, text: str) -> list[int]: ...
-    def chat(self, messages: list[dict[str, str]]) -> list[int]: ...
-    def bytes(self, token: int) -> bytes: ...
-
-
-class Engine(Protocol):
-    """Serves sessions in a thread of its own, in which `emit` is called with each token, and at the end with None."""
-
-    room: int
-    """Tokens that a prompt and its answer may have together."""
-
-    def submit(self, ask: Ask, emit: Callable[[int | None], None]) -> int:
-        """Begin a session.
-
-        Raises:
-            Full: if too many wait.
-            ValueError: if the prompt is empty, or it and the answer have no room.
-        """
-        ...
-
-    def cancel(self, session: int) -> None: ...
-    def run(self, stop: threading.Event) -> None: ...
 
 
 class _Said(BaseModel):
@@ -250,7 +206,7 @@ class LanguageServer:
         try:
             session = self.engine.submit(Ask(prompt, limit, said.temperature, said.top_p, seed), emit)
         except Full as error:
-            raise HTTPException(429, str(error), {"Retry-After": "1"}) from None
+            raise HTTPException(429, str(error), {"Retry-After": str(max(1, round(error.after)))}) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         stops = [said.stop] if isinstance(said.stop, str) else said.stop or []

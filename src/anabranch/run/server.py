@@ -518,6 +518,11 @@ def _allow_files() -> None:
 
 def serve(config: PipelineConfig | ServedCellFile, folder: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then answer what waits, and write a last checkpoint."""
+    run(Server(config, folder).app, config.serve)
+
+
+def run(app: Starlette, said: ServeConfig) -> None:
+    """Run an application until SIGTERM or SIGINT."""
     import uvicorn
 
     if not sys.stderr.isatty():
@@ -526,13 +531,11 @@ def serve(config: PipelineConfig | ServedCellFile, folder: Path | None = None) -
         logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first, and then raises it again
     _allow_files()
-    server = Server(config, folder)
     gc.collect()
     gc.freeze()  # what is here stays; looking through all of it again and again would hold every stream up
     gc.set_threshold(20_000, 20, 20)  # with ten thousand sessions open, a full collection takes a second
-    said = config.serve
     uvicorn.run(
-        server.app, host=said.host, port=said.port, log_config=None, access_log=False, lifespan="on",
+        app, host=said.host, port=said.port, log_config=None, access_log=False, lifespan="on",
         http=connections.Http, ws=connections.WebSocket,
         ws_max_size=said.max_message, ws_per_message_deflate=False,  # it would take 40 KB a connection
         timeout_graceful_shutdown=5, backlog=16_384, ssl_certfile=said.certificate, ssl_keyfile=said.key,

@@ -41,31 +41,11 @@ from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Sche
 from anabranch.schedule.seats import Asked, Seats
 from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
+from anabranch.sessions import Ask, Full
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Prompts are filled up to one of these, so that there is one program for each."""
 Emit = Callable[[int | None], None]
-
-
-class Ask(NamedTuple):
-    """What a session is to do."""
-
-    prompt: list[int]
-    limit: int
-    """Tokens of the answer at most."""
-    temperature: float = 0.0
-    """0 is always the likeliest token."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that have so much probability together."""
-    seed: int = 0
-    ttft: float = 1.0
-    """By when the first token is expected, seconds after this."""
-    tds: float = 4.8
-    """How fast the reader reads, tokens a second."""
-
-
-class Full(Exception):
-    """Too many sessions wait: come again later."""
 
 
 @dataclass
@@ -177,7 +157,7 @@ class Live:
             raise ValueError(f"prompt: {length} tokens and an answer of {ask.limit} have no room in {self.room}")
         with self._wake:
             if len(self._come) + len(self.seats.queue) >= self.waiting:
-                raise Full(f"{self.waiting} sessions wait already")
+                raise Full("the queue of sessions", 1.0)
             session = _Session(self._count, ask, self.clock(), emit)
             self._count += 1
             self._sessions[session.number] = session
@@ -366,7 +346,7 @@ class Live:
         )  # fmt: skip
 
 
-def serve(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
+def play(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
     """Serve a workload as it comes, in real time, and wait for its end. `live` must record, and not be in use.
 
     Raises:
@@ -392,7 +372,7 @@ def serve(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
 
 
 class _Measured:
-    """The cost of iterations that have been: each takes what it took, and if there are more, these as long on average."""
+    """The cost of iterations that have been: each takes what it took; if there are more, what one took on average."""
 
     def __init__(self, live: Live):
         assert live.record is not None

@@ -1,0 +1,158 @@
+"""The API of OpenAI, asked by its own client, in front of the real SmolLM2."""
+
+import hashlib
+import json
+import threading
+import time
+
+import pytest
+
+from anabranch.run.config import ServeConfig
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def served(smollm2, tmp_path_factory):
+    """Where a server is that knows one token, and its engine."""
+    from anabranch.run.openai import LanguageServer
+    from anabranch.schedule.baselines import Chunked
+    from anabranch.schedule.live import Live
+
+    model, text = smollm2
+    tokens = tmp_path_factory.mktemp("openai") / "tokens"
+    tokens.write_text(f"ann {hashlib.sha256(b'secret').hexdigest()}\n")
+    live = Live(model, Chunked(chunk=64), sessions=2, stop=text.stop, waiting=3)
+    app = LanguageServer("smollm2", live, text, ServeConfig(tokens=tokens)).app
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", live
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=served[0] + "/v1", api_key="secret", max_retries=0)
+
+
+def test_a_chat_at_once_and_as_it_comes(client):
+    answer = client.chat.completions.create(model="smollm2", messages=CAPITAL, temperature=0)
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (37, 8)
+    stream = client.chat.completions.create(
+        model="smollm2", messages=CAPITAL, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "The capital of France is Paris."
+    assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) == 7
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.total_tokens == 45
+
+
+def test_a_completion_ends_at_its_limit_or_at_a_stop(client):
+    said = dict(model="smollm2", prompt="1, 2, 3, 4, 5,", temperature=0)
+    plain = client.completions.create(**said, max_tokens=8)
+    assert plain.choices[0].text == " 6, 7" + plain.choices[0].text[5:] and plain.choices[0].finish_reason == "length"
+    stopped = client.completions.create(**said, max_tokens=64, stop=["8, 9", " 7,"])
+    assert stopped.choices[0].text == " 6," and stopped.choices[0].finish_reason == "stop"
+    parts = list(client.completions.create(**said, max_tokens=64, stop=" 7,", stream=True))
+    assert "".join(part.choices[0].text for part in parts) == " 6,"
+
+
+def test_a_seed_says_the_same_again(client):
+    said = [
+        client.completions.create(model="smollm2", prompt="Once", max_tokens=6, seed=seed).choices[0].text
+        for seed in (1, 1, 2)
+    ]
+    assert said[0] == said[1] != said[2]
+
+
+def test_parts_of_text_are_one_message(client):
+    parts = [{"type": "text", "text": "What is the capital"}, {"type": "text", "text": " of France?"}]
+    messages = [{"role": "user", "content": parts}]
+    answer = client.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_completion_tokens=3)
+    assert answer.choices[0].message.content == "The capital of"
+
+
+def test_what_is_not_there_is_refused_by_name(served, client):
+    with pytest.raises(openai.NotFoundError, match="there is no 'gpt-4'"):
+        client.chat.completions.create(model="gpt-4", messages=CAPITAL)
+    for said, text in (
+        ({"n": 2}, "n: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"temperature": 3}, "temperature: "),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is understood"),
+        ({"max_tokens": 1000}, "have no room in 256"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=text):
+            client.chat.completions.create(**{"model": "smollm2", "messages": CAPITAL} | said)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=served[0] + "/v1", api_key="other").models.list()
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+    head = {"Authorization": "Bearer secret"}
+    for body in (b"", b"[", b"null", b'{"model": "smollm2", "prompt": [99999999]}', b'"\xff"', b"[" * 5000):
+        answer = httpx.post(served[0] + "/v1/completions", content=body, headers=head)
+        assert answer.status_code == 400 and answer.json()["error"]["message"], body
+
+
+def test_who_goes_away_gives_his_place_up(served):
+    where, live = served
+    head = {"Authorization": "Bearer secret"}
+    said = {"model": "smollm2", "prompt": "Tell me", "max_tokens": 200, "stream": True, "temperature": 0}
+    with httpx.stream("POST", where + "/v1/completions", json=said, headers=head, timeout=60) as answer:
+        next(answer.iter_lines())
+        assert live.seats.requests == 1
+    until = time.monotonic() + 20
+    while live.seats.requests and time.monotonic() < until:
+        time.sleep(0.01)
+    assert live.seats.requests == 0
+
+
+def test_too_many_are_told_to_come_again(served):
+    where, _ = served
+    head = {"Authorization": "Bearer secret"}
+    said = {"model": "smollm2", "prompt": "Tell me", "max_tokens": 150, "stream": True, "temperature": 0}
+    refused, open_ones = [], []
+    with httpx.Client(timeout=60) as client:
+        for _ in range(9):  # four have places, three may wait
+            request = client.build_request("POST", where + "/v1/completions", json=said, headers=head)
+            answer = client.send(request, stream=True)
+            (refused if answer.status_code == 429 else open_ones).append(answer)
+        assert refused and refused[0].headers["Retry-After"] == "1"
+        assert json.loads(refused[0].read())["error"]["type"] == "rate_limit_error"
+        for answer in open_ones:
+            answer.close()
+
+
+class Letters:
+    """A vocabulary whose tokens are bytes."""
+
+    stop: set[int] = set()
+
+    def bytes(self, token):
+        return bytes([token])
+
+
+@pytest.mark.parametrize("stops", [[], ["end"], ["né"], ["🙂"]])
+def test_words_are_whole_characters_and_never_part_of_a_stop(stops):
+    from anabranch.run.openai import Words
+
+    text = "Ünï 日本 🙂 not enough né the end."
+    words, said = Words(Letters(), stops), []
+    for byte in text.encode():
+        said.append(words.add(byte))
+        if words.stopped:
+            break
+    said.append(words.end())
+    assert "".join(said) == (text[: text.index(stops[0])] if stops else text)
+    assert not any("\ufffd" in part for part in said)
