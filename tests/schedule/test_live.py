@@ -11,7 +11,7 @@ import pytest
 from anabranch.models.llama import Config, Decoder, Llama
 from anabranch.schedule.andes import Andes
 from anabranch.schedule.baselines import FCFS, Chunked, Orca
-from anabranch.schedule.cluster import Fitted
+from anabranch.schedule.cluster import Fitted, Work
 from anabranch.schedule.layered_prefill import LayeredPrefill
 from anabranch.schedule.live import Live, play, replay
 from anabranch.schedule.workload import Workload
@@ -173,3 +173,23 @@ def test_bad_requests_are_refused(model):
         play(live, Workload.synthetic(1, 2, 2), [[1]])
     with pytest.raises(ValueError, match="nothing was recorded"):
         live.result()
+
+
+def test_a_measured_cost_has_the_time_of_prompts_and_of_steps(model):
+    from anabranch.schedule.live import measure
+
+    cost = measure(model, sessions=2, repeats=1)
+    assert cost.kv_bytes == 8 * 4 * 2 * 4 and cost.spec.layers == 4
+    assert sum(cost.prefill) > 0 and sum(cost.decode) > 0
+
+
+def test_a_cost_is_fitted_to_what_was_measured():
+    wanted = Fitted((5.0, 0.2, 1e-4), (3.0, 1e-3, 0.5), (3.0, 1e-3, 0.5))
+    none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
+    prefills = [(n, wanted.iteration(Work(np.array([n]), one))) for n in (10, 100, 300, 1000)]
+    decodes = [(n, n * c, wanted.iteration(Work(none, none, np.full(n, c)))) for n in (1, 4, 8) for c in (50, 500)]
+    found = Fitted.to(prefills, decodes)
+    np.testing.assert_allclose(found.prefill, wanted.prefill, rtol=1e-6)
+    np.testing.assert_allclose(found.decode, wanted.decode, rtol=1e-6)
+    with pytest.raises(ValueError, match="three of each are needed, got 4 prefills and 0 decodes"):
+        Fitted.to(prefills, [])

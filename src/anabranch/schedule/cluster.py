@@ -9,11 +9,13 @@ Units: seconds, bytes, floating-point operations, tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
+from scipy.optimize import nnls
 
 NONE = np.zeros(0, np.int64)
 
@@ -224,6 +226,29 @@ class Fitted:
     kv_bytes: int = 819_200
     kv_tokens: int = 48_828
     spec: LMSpec = field(default_factory=lambda: MODELS["opt-13b"])
+
+    @classmethod
+    def to(
+        cls, prefills: Sequence[tuple[int, float]], decodes: Sequence[tuple[int, int, float]], **sizes: Any
+    ) -> "Fitted":
+        """Fit the times to measurements, by least squares of relative errors.
+
+        Arguments:
+            prefills: tokens of a prompt, and the seconds that its prefill took.
+            decodes: requests, tokens in the cache of all of them together, and the seconds that a step took.
+            sizes: the other fields.
+
+        Raises:
+            ValueError: if there are fewer than three of each.
+        """
+        if min(len(prefills), len(decodes)) < 3:
+            raise ValueError(f"three of each are needed, got {len(prefills)} prefills and {len(decodes)} decodes")
+        length, took = np.array(prefills, float).T
+        n, context, step = np.array(decodes, float).T
+        fit = lambda columns, seconds: nnls(np.stack(columns, 1) / seconds[:, None], np.full(len(seconds), 1e3))[0]
+        prefill = tuple(fit([np.ones_like(length), length, length**2], took).tolist())
+        decode = tuple(fit([np.ones_like(n), context, n], step).tolist())
+        return cls(prefill, decode, decode, **sizes)
 
     def weight_bytes(self, work: Work) -> float:
         return float(self.spec.params * self.spec.bytes)

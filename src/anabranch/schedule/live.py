@@ -36,8 +36,9 @@ from jaxtyping import Int8, Int64
 from anabranch.decode.base import Draw, sample
 from anabranch.layers.kv import Rows
 from anabranch.models.llama import Decoder, Layer
-from anabranch.schedule.cluster import Work
-from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Scheduler
+from anabranch.schedule.baselines import FCFS
+from anabranch.schedule.cluster import Fitted, LMSpec, Work
+from anabranch.schedule.scheduler import DECODING, PREFILLING, SWAP, SWAPPED, Engine, Scheduler
 from anabranch.schedule.seats import Asked, Seats
 from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
@@ -369,6 +370,49 @@ def play(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
             live.wait(0.05)
     sender.join()
     return live.result()
+
+
+def measure(model: Decoder, sessions: int = 8, repeats: int = 3) -> Fitted:
+    """What iterations of a model take on this machine: prefills of one prompt, and steps of up to so many sessions."""
+    live, most = Live(model, FCFS(), sessions=sessions), model.size - 4 * (repeats + 2)
+    prefills, decodes = [], []
+
+    def turn() -> float:
+        start = time.perf_counter()
+        live.turn()
+        return time.perf_counter() - start
+
+    def end() -> None:
+        for number in list(live._sessions):
+            live.cancel(number)
+        live.turn()
+
+    lengths = [length for length in LENGTHS if length <= most]
+    for length in lengths[:: max(1, len(lengths) // 6)]:
+        times = []
+        for _ in range(repeats + 1):  # the first one may compile
+            live.submit(Ask([0] * length, 2))
+            times.append(turn())
+            end()
+        prefills += [(length, seconds) for seconds in times[1:]]
+    for count in (1 << i for i in range(sessions.bit_length())):
+        for length in (most // 8, most // 2):
+            for _ in range(count):
+                live.submit(Ask([0] * max(1, length), 4 + repeats))
+            while any(status != DECODING for status in live.seats.status[live.seats.id >= 0]) or live._come:
+                live.turn()
+            turn()
+            for _ in range(repeats):
+                context = int(live.seats.done[live.seats.id >= 0].sum())
+                decodes.append((count, context, turn()))
+            end()
+    kv_bytes, spec = live.engine.cost.kv_bytes, _spec(model)
+    return Fitted.to(prefills, decodes, kv_bytes=kv_bytes, kv_tokens=live.engine.tokens, spec=spec)
+
+
+def _spec(model: Decoder) -> LMSpec:
+    config = model.config
+    return LMSpec(config.layers, config.width, config.heads, config.kv_heads, config.hidden, config.vocab, bytes=4)
 
 
 class _Measured:
