@@ -54,6 +54,17 @@ def test_two_iterations_slow_each_other_by_units_and_by_bandwidth():
     assert beside((10, 70, 0.5), (10, 90, 0.5)) == pytest.approx([0.14, 0.18])
 
 
+def test_few_units_draw_less_of_the_bandwidth():
+    decode = lambda share: SMALL.iteration(Work(decode=np.full(4, 1000), share=share)) - 32 * SMALL.device.launch
+    assert decode(0.4) == decode(1.0) and decode(0.2) == pytest.approx(2 * decode(1.0))
+    prompt = Work(np.array([4000]), np.array([0]))
+    half, whole = side_by_side(SMALL, [prompt._replace(share=0.5)]), side_by_side(SMALL, [prompt])
+    assert half[0] / whole[0] == pytest.approx(2, rel=0.01)
+    slow, held = side_by_side(SMALL, [prompt._replace(share=0.5), Work(decode=np.full(4, 1000), share=0.5)])
+    rest = 1 - SMALL.traffic(prompt) / slow  # of the bandwidth is left to the decode, which slows the prompt not at all
+    assert slow == half[0] and held == pytest.approx(SMALL.traffic(Work(decode=np.full(4, 1000))) / rest)
+
+
 @pytest.mark.parametrize(
     "shares, came, emitted",
     [

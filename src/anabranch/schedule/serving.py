@@ -633,7 +633,7 @@ class _Simulation:
 
 def goodput(
     make: Callable[[float], Workload], serve: Callable[[Workload], Result], *, ttft: float, tpot: float,
-    at: float = 0.9, high: float = 64.0, close: float = 0.02,
+    at: float = 0.9, high: float = 64.0, close: float = 0.02, low: float | None = None,
 ) -> float:  # fmt: skip
     """The largest rate, requests a second and device, at which a share `at` of requests is within both goals.
 
@@ -642,10 +642,11 @@ def goodput(
         serve: what becomes of it.
         high: no rate above this is tried.
         close: stop when the rate is known to this share.
+        low: the first rate that is tried, by default a 64th of `high`; lower ones only if it is too much.
     """
     devices = serve(make(high)).devices
     fine = lambda rate: serve(make(rate)).attainment(ttft, tpot) >= at
-    low = high / 64
+    low = high / 64 if low is None else low
     while not fine(low):
         low, high = low / 2, low
         if low < 1e-3:
