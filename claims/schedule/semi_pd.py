@@ -11,6 +11,8 @@ Not shown: any GPU. That arithmetic goes in proportion to the share of units, an
 bandwidth, are assumptions. Nor time slices of a live engine, which are measured with it.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +43,10 @@ def joined(parts: list[Workload]) -> Workload:
 class Trace:
     """Requests of Azure's traces at any rate, and goals for them."""
 
-    def __init__(self, name: str, size: Size):
-        names = ["conv", "code"] * 2 if name == "mix" else [name] * 4
-        n = 10 if size.smoke else 80
+    def __init__(self, name: Literal["conv", "code", "mix"], size: Size):
+        names: list[Literal["conv", "code"]] = ["conv", "code"] * 2 if name == "mix" else [name] * 4
+        n = 3 if size.smoke else 80
+        self.close = 0.3 if size.smoke else 0.03
         self.parts = [Workload.azure(one).take(slice(start := 4000 + n * i, start + n)) for i, one in enumerate(names)]
         prompt = np.concatenate([part.prompt for part in self.parts])
         self.ttft = 3 * COST.iteration(Work(np.array([int(np.percentile(prompt, 90))]), np.zeros(1, int)))
@@ -57,7 +60,7 @@ class Trace:
         serve = lambda load: simulate_serving(load, engines, scheduler)
         devices = len(engines)
         return goodput(
-            lambda rate: self.at(rate, seed), serve, ttft=self.ttft, tpot=tpot, high=10.0 * devices, close=0.03,
+            lambda rate: self.at(rate, seed), serve, ttft=self.ttft, tpot=tpot, high=10.0 * devices, close=self.close,
             low=2.0 * devices,
         )  # fmt: skip
 
@@ -77,8 +80,8 @@ def fitted(trace: Trace, rate: float, seeds: list[int]) -> tuple[list[float], li
 
 
 def experiment(size: Size) -> list[Comparison]:
-    seeds = [FIRST_SEED + i for i in size.seeds(3)]
-    code, conv, mix = (Trace(name, size) for name in ("code", "conv", "mix"))
+    seeds = [FIRST_SEED + i for i in size.seeds(1 if size.smoke else 3)]
+    code, conv, mix = Trace("code", size), Trace("conv", size), Trace("mix", size)
     ours = lambda trace, tpot: ("semi-PD", TWO, SemiPD(ttft=trace.ttft, tpot=tpot))
     chunks, apart, whole = ("chunks", ONE, Chunked()), ("DistServe", APART, DistServe()), ("FCFS", ONE, FCFS())
     half = ("50 and 50", TWO, FixedShares((50.0, 50.0)))
@@ -89,6 +92,7 @@ def experiment(size: Size) -> list[Comparison]:
     ]
     found, said = {}, []
     for name, trace, tpot, sides in settings:
+        sides = sides[:2] if size.smoke else sides
         for side, engines, scheduler in sides:
             found[name, side] = [trace.goodput(engines, scheduler, tpot, seed) for seed in seeds]
         rates = ", ".join(f"{side} {np.mean(found[name, side]):.2f}" for side, *_ in sides)
