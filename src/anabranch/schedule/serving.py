@@ -270,11 +270,13 @@ class _Loop:
     wake: int = 0
     """Rises whenever what was said to come for it is no longer so."""
     slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """That the iteration under way is about. This and what follows is for two workers only."""
+    """Of the iteration under way. This and what follows is for engines with two workers."""
     work: Work | None = None
+    """The iteration under way."""
     then: Callable[[float], None] = lambda t: None
     """What its end does."""
     extra: float = 0.0
+    """Seconds of it that nothing beside it changes."""
     left: float = 0.0
     """The part of it that was to do at `since`, when all of it would have taken `takes` seconds."""
     since: float = 0.0
@@ -426,12 +428,15 @@ class _Simulation:
         for loop, takes in zip(under_way, times, strict=True):
             loop.left -= (now - loop.since) / loop.takes if now > loop.since else 0.0
             loop.since, loop.takes, loop.wake = now, takes + loop.extra, loop.wake + 1
-            self.at(now + max(loop.left, 0.0) * loop.takes, lambda t, loop=loop, asked=loop.wake: over(loop, asked, t))
+            end = lambda t, loop=loop, asked=loop.wake: self.over(loop, asked, t)
+            self.at(now + max(loop.left, 0.0) * loop.takes, end)
 
-        def over(loop: _Loop, asked: int, time: float) -> None:
-            if loop.wake == asked:
-                loop.work = None
-                loop.then(time)
+    @staticmethod
+    def over(loop: _Loop, asked: int, now: float) -> None:
+        """The end of an iteration, unless it has been moved."""
+        if loop.wake == asked:
+            loop.work = None
+            loop.then(now)
 
     def begin(self, one: _Running, loop: _Loop, now: float) -> bool:
         """Ask for a worker's next iteration, and run it; returns whether there is one."""
@@ -492,7 +497,9 @@ class _Simulation:
             self.at(now + cost.iteration(work) + extra, then)
         return True
 
-    def apart(self, one: _Running, loop: _Loop, decode: np.ndarray, prompts: np.ndarray, how) -> None:
+    def apart(
+        self, one: _Running, loop: _Loop, decode: np.ndarray, prompts: np.ndarray, how: np.ndarray | None
+    ) -> None:
         """See that a worker does its own work only, and leaves alone what the other is busy with."""
         if len(prompts if loop.worker == "decode" else decode):
             raise RuntimeError(f"{type(self.scheduler).__name__} gives the {loop.worker} worker what is not its work")
