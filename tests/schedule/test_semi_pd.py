@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -321,17 +322,29 @@ def test_shares_follow_the_goals():
     assert results[0.2].percentile("tpot", 90) > results[10.0].percentile("tpot", 90)
 
 
-def test_two_threads_never_have_the_same_block():
-    blocks, wrong, rounds = UnifiedBlocks(40), [], 50_000
+def at_every_line(frame, event, argument):
+    """A trace that lets the other thread run between any two lines of `UnifiedBlocks`."""
+    if event == "call":
+        return at_every_line if frame.f_code.co_name in ("take", "give") else None
+    time.sleep(1e-6)
+    return at_every_line
+
+
+@pytest.mark.parametrize("rounds, trace", [(50_000, None), (100, at_every_line)])
+def test_two_threads_never_have_the_same_block(rounds, trace):
+    blocks, wrong = UnifiedBlocks(40), []
     owner = [0] * 40
 
     def work(me):
+        sys.settrace(trace)
         rng = np.random.default_rng(me)
         counts = rng.integers(0, 25, rounds).tolist()
         for count in counts:
             mine = blocks.take(count)
             if mine is None:
                 continue
+            if len(mine) != count:
+                wrong.append(mine)
             wrong.extend(block for block in mine if owner[block])
             for block in mine:
                 owner[block] = me
