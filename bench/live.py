@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from common import write
 
 from anabranch.models.llama import Decoder
 from anabranch.models.tokens import Tokens
@@ -26,6 +25,7 @@ from anabranch.schedule.scheduler import Engine, Scheduler
 from anabranch.schedule.semi_pd import SemiPD, TimeSlices
 from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
+from common import write
 
 SIZE, SESSIONS = 640, 8
 

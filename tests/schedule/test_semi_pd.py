@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,17 @@ def test_two_iterations_slow_each_other_by_units_and_by_bandwidth():
     assert beside((50, 30, 0.5), (1, 50, 0.5)) == pytest.approx([0.1, 0.05 / 0.7])  # 0.3 of the bandwidth is taken
     assert beside((50, 10, 0.5), (50, 90, 0.5)) == pytest.approx([0.1, 0.1])  # together just what there is
     assert beside((10, 70, 0.5), (10, 90, 0.5)) == pytest.approx([0.14, 0.18])
+
+
+def test_few_units_draw_less_of_the_bandwidth():
+    decode = lambda share: SMALL.iteration(Work(decode=np.full(4, 1000), share=share)) - 32 * SMALL.device.launch
+    assert decode(0.4) == decode(1.0) and decode(0.2) == pytest.approx(2 * decode(1.0))
+    prompt = Work(np.array([4000]), np.array([0]))
+    half, whole = side_by_side(SMALL, [prompt._replace(share=0.5)]), side_by_side(SMALL, [prompt])
+    assert half[0] / whole[0] == pytest.approx(2, rel=0.01)
+    slow, held = side_by_side(SMALL, [prompt._replace(share=0.5), Work(decode=np.full(4, 1000), share=0.5)])
+    rest = 1 - SMALL.traffic(prompt) / slow  # of the bandwidth is left to the decode, which slows the prompt not at all
+    assert slow == half[0] and held == pytest.approx(SMALL.traffic(Work(decode=np.full(4, 1000))) / rest)
 
 
 @pytest.mark.parametrize(
@@ -312,17 +324,29 @@ def test_shares_follow_the_goals():
     assert results[0.2].percentile("tpot", 90) > results[10.0].percentile("tpot", 90)
 
 
-def test_two_threads_never_have_the_same_block():
-    blocks, wrong, rounds = UnifiedBlocks(40), [], 50_000
+def at_every_line(frame, event, argument):
+    """A trace that lets the other thread run between any two lines of `UnifiedBlocks`."""
+    if event == "call":
+        return at_every_line if frame.f_code.co_name in ("take", "give") else None
+    time.sleep(1e-6)
+    return at_every_line
+
+
+@pytest.mark.parametrize("rounds, trace", [(50_000, None), (100, at_every_line)])
+def test_two_threads_never_have_the_same_block(rounds, trace):
+    blocks, wrong = UnifiedBlocks(40), []
     owner = [0] * 40
 
     def work(me):
+        sys.settrace(trace)
         rng = np.random.default_rng(me)
         counts = rng.integers(0, 25, rounds).tolist()
         for count in counts:
             mine = blocks.take(count)
             if mine is None:
                 continue
+            if len(mine) != count:
+                wrong.append(mine)
             wrong.extend(block for block in mine if owner[block])
             for block in mine:
                 owner[block] = me

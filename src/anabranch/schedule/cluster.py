@@ -32,7 +32,7 @@ class Work(NamedTuple):
     layers: float = 1.0
     """The share of all layers through which prompts go now; decodes go through all."""
     share: float = 1.0
-    """The share of the device's arithmetic that is theirs."""
+    """The share of the device's units that is theirs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Device:
     """Fixed time of an iteration and layer."""
     reached: tuple[float, float] = (0.6, 0.8)
     """Of `flops`, and of `bandwidth`."""
+    drawing: float = 0.4
+    """The share of its units that can draw all of the bandwidth; fewer draw in proportion."""
 
 
 DEVICES = {
@@ -120,8 +122,8 @@ def side_by_side(cost: Any, works: list[Work]) -> list[float]:
     """Seconds of iterations on one device, each as long as the others run beside it.
 
     Units: each iteration has its share; if the shares are more than 1 together, they are cut in proportion. Bandwidth:
-    each draws what it needs, whatever its share of the units; if two together need more than there is, the one that
-    needs less has its way up to a half, and the other what is left.
+    each draws what it needs and its units can; if two together would draw more than there is, the one that draws less
+    has its way up to a half, and the other what is left.
 
         >>> cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
         >>> alone = Work(decode=np.array([1000] * 8))  # bound by bandwidth, also on half of the units
@@ -183,7 +185,7 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        return float(self._seconds(*self._parts(work, float(work.decode.sum()))))
+        return float(self._seconds(work.share, *self._parts(work, float(work.decode.sum()))))
 
     def traffic(self, work: Work) -> float:
         """Seconds for which an iteration needs all of the memory's bandwidth."""
@@ -192,22 +194,26 @@ class Roofline:
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""
         total = float(decode.sum()) + len(decode) * np.arange(k)
-        return np.asarray(self._seconds(*self._parts(Work(decode=decode), total)))
+        return np.asarray(self._seconds(1.0, *self._parts(Work(decode=decode), total)))
 
-    def _seconds(self, compute, memory):
-        return np.maximum(compute, memory) + self.device.launch * self.spec.layers
+    def _seconds(self, share: float, compute, memory):
+        drawn = min(1.0, share / self.device.drawing)
+        return np.maximum(compute / share, memory / drawn) + self.device.launch * self.spec.layers
 
     def _parts(self, work: Work, decoded):
-        """Seconds of arithmetic and of memory traffic, with so many tokens in the caches of those that decode."""
-        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-        spec, n, tokens = self.spec, len(work.decode), float(chunk.sum())
-        pairs = float((chunk * (context + chunk / 2)).sum())
+        """Seconds of arithmetic on all units and of traffic at all bandwidth, with so many tokens in the
+        caches of those that decode."""
+        spec, n, tokens, before, pairs = self.spec, len(work.decode), 0.0, 0.0, 0.0
+        if len(work.chunk):
+            chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
+            tokens, before = float(chunk.sum()), float(context.sum())
+            pairs = float((chunk * (context + chunk / 2)).sum())
         width = spec.heads * spec._width
         flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
         flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
-        kv = spec.kv_bytes * (work.layers * (float(context.sum()) + tokens) + decoded + n)
+        kv = spec.kv_bytes * (work.layers * (before + tokens) + decoded + n)
         reached, speed = self.device.reached, self._speed
-        compute = flops / (reached[0] * self.device.flops * speed * work.share)
+        compute = flops / (reached[0] * self.device.flops * speed)
         memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * speed)
         return compute, memory
 

@@ -117,11 +117,13 @@ class _Loop:
     wake: int = 0
     """Rises whenever what was said to come for it is no longer so."""
     slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """That the iteration under way is about. This and what follows is for two workers only."""
+    """Of the iteration under way. This and what follows is for engines with two workers."""
     work: Work | None = None
+    """The iteration under way."""
     then: Callable[[float], None] = lambda t: None
     """What its end does."""
     extra: float = 0.0
+    """Seconds of it that nothing beside it changes."""
     left: float = 0.0
     """The part of it that was to do at `since`, when all of it would have taken `takes` seconds."""
     since: float = 0.0
@@ -222,12 +224,15 @@ class _Simulation:
         for loop, takes in zip(under_way, times, strict=True):
             loop.left -= (now - loop.since) / loop.takes if now > loop.since else 0.0
             loop.since, loop.takes, loop.wake = now, takes + loop.extra, loop.wake + 1
-            self.at(now + max(loop.left, 0.0) * loop.takes, lambda t, loop=loop, asked=loop.wake: over(loop, asked, t))
+            end = lambda t, loop=loop, asked=loop.wake: self.over(loop, asked, t)
+            self.at(now + max(loop.left, 0.0) * loop.takes, end)
 
-        def over(loop: _Loop, asked: int, time: float) -> None:
-            if loop.wake == asked:
-                loop.work = None
-                loop.then(time)
+    @staticmethod
+    def over(loop: _Loop, asked: int, now: float) -> None:
+        """The end of an iteration, unless it has been moved."""
+        if loop.wake == asked:
+            loop.work = None
+            loop.then(now)
 
     def begin(self, one: _Running, loop: _Loop, now: float) -> bool:
         """Ask for a worker's next iteration, and run it; returns whether there is one."""
@@ -384,7 +389,7 @@ class _Simulation:
 
 def goodput(
     make: Callable[[float], Workload], serve: Callable[[Workload], Result], *, ttft: float, tpot: float,
-    at: float = 0.9, high: float = 64.0, close: float = 0.02,
+    at: float = 0.9, high: float = 64.0, close: float = 0.02, low: float | None = None,
 ) -> float:  # fmt: skip
     """The largest rate, requests a second and device, at which a share `at` of requests is within both goals.
 
@@ -393,10 +398,11 @@ def goodput(
         serve: what becomes of it.
         high: no rate above this is tried.
         close: stop when the rate is known to this share.
+        low: the first rate that is tried, by default a 64th of `high`; lower ones only if it is too much.
     """
     devices = serve(make(high)).devices
     fine = lambda rate: serve(make(rate)).attainment(ttft, tpot) >= at
-    low = high / 64
+    low = high / 64 if low is None else low
     while not fine(low):
         low, high = low / 2, low
         if low < 1e-3:
