@@ -2,10 +2,10 @@
 
     anabranch fetch smollm2 && anabranch bench live
 
-60 requests with the lengths of Azure's conversations, prompts and answers an eighth as long, arriving as Poisson at 70 %
-of what the machine can serve; the same requests for every scheduler, in turns. Reported: seconds to the first token and
-between tokens, and what the simulator says of the same requests by times that were measured beforehand. Each run is also
-replayed through the simulator, whose scheduler has to decide the same.
+60 requests with the lengths of Azure's conversations, prompts and answers an eighth as long, arriving as Poisson at
+70 % of what the machine can serve; the same requests for every scheduler, in turns. Reported: seconds to the first
+token and between tokens, and what the simulator says of the same requests by times that were measured beforehand. Each
+run is also replayed through the simulator, whose scheduler has to decide the same.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from anabranch.schedule.baselines import FCFS, Chunked, Orca
 from anabranch.schedule.cluster import Fitted, Work
 from anabranch.schedule.layered_prefill import LayeredPrefill
 from anabranch.schedule.live import Live, play, replay
+from anabranch.schedule.semi_pd import FixedShares, TimeSlices
 from anabranch.schedule.workload import Workload
 from anabranch.sessions import Ask, Full
 
@@ -61,6 +62,7 @@ SCHEDULERS = {
     "orca": Orca(),
     "chunked": Chunked(chunk=16),
     "layered": LayeredPrefill(layers=4, most=40),
+    "time slices": TimeSlices(FixedShares((75.0, 25.0))),
     "andes": Andes(SLOW),
     "andes, made again": Andes(SLOW, swap=False),
 }

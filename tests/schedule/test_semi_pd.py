@@ -18,6 +18,7 @@ from anabranch.schedule.semi_pd import (
     FixedShares,
     LatencyModel,
     SemiPD,
+    TimeSlices,
     UnifiedBlocks,
     adjusted,
     example,
@@ -396,3 +397,20 @@ def test_refused(bad, said):
 def test_a_scheduler_of_one_worker_is_told():
     with pytest.raises(RuntimeError, match="Chunked gives the decode worker what is not its work"):
         simulate_serving(Workload.synthetic(1, 10, 5), [Engine(PLAIN, workers=2)], Chunked())
+
+
+@pytest.mark.parametrize("shares", [(75.0, 25.0), (20.0, 80.0)])
+def test_time_slices_give_each_phase_its_share_of_one_worker(shares):
+    """Where both always have work, and for who begins late only from then on."""
+    scheduler = TimeSlices(FixedShares(shares, saturating=1))
+    load = Workload(np.zeros(60), np.full(60, 100), np.full(60, 400))
+    engine = Engine(Fitted(kv_tokens=10**6), max_seqs=200)
+    result = simulate_serving(load, [engine], scheduler, record=True)
+    log = result.log
+    ends = [line[1] for line in log[1:]]
+    both = len(log) - 1 - next(i for i, line in enumerate(reversed(log)) if line[3])  # until the last prompt
+    spent = np.zeros(2)
+    for line, end in list(zip(log, ends))[1:both]:
+        spent[0 if line[3] else 1] += end - line[1]
+    assert spent[0] / spent.sum() == pytest.approx(shares[0] / 100, abs=0.05)
+    assert result.tokens.tolist() == load.output.tolist()

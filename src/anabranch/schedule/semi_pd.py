@@ -20,7 +20,7 @@ next process is made ready in the background and takes over when the old one has
 
 The stream of `LatencyModel` is one observation a window; its state is the last eight of each phase and the five
 parameters. `SemiPD` reads its `View` and how long iterations took, and nothing else, so that it decides for time slices
-of a live engine as well; that is not measured here. The authors' code has neither the model nor the adjustment: it runs
+of a live engine as well (`TimeSlices`). The authors' code has neither the model nor the adjustment: it runs
 at 80 and 100 percent. From it are the blocks that one place gives out to both workers and what happens when they run
 out: the decodes that came last go back to the queue of the prompts. From the paper are the model and Algorithm 1. Its
 constants, how the model is fitted, and the age of the oldest request without a token as one more TTFT, without which an
@@ -28,7 +28,7 @@ overloaded window looks good, are choices made here.
 """
 
 import threading
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -340,3 +340,46 @@ class UnifiedBlocks:
             for block in blocks:
                 self._held[block] = False
             self._left.extend(blocks)
+
+
+WORKERS = ("prefill", "decode")
+
+
+class Sliced(NamedTuple):
+    """What `TimeSlices` knows."""
+
+    inner: Any
+    """The state of its scheduler."""
+    used: tuple[float, float]
+    """Seconds of prefill and decode, each over its share; the larger of two that begin together is 0."""
+
+
+class TimeSlices(Scheduler):
+    """A scheduler of two workers where there is but one: its device is theirs in turns, by their shares.
+
+    Whoever has had less of its share is asked next. One that had nothing to do is owed nothing for that. State:
+    `Sliced`.
+    """
+
+    scheduler: FixedShares = FixedShares()
+    steady: ClassVar[bool] = False
+
+    def init(self, *, key=None) -> Sliced:
+        return Sliced(self.scheduler.init(), (0.0, 0.0))
+
+    def act(self, state: Sliced, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
+        inner, used = state
+        first = int(used[1] < used[0])
+        for turn in (first, 1 - first):
+            inner, made = self.scheduler.act(inner, x._replace(worker=WORKERS[turn]))
+            if made.decode.any() or made.prefill.any():
+                break
+            used = (used[1 - turn],) * 2  # it has nothing to do: the other goes on from where both are
+        return Sliced(inner, used), made
+
+    def learn(self, state: Sliced, x: View, decision: Batch, feedback: float) -> Sliced:  # pyright: ignore
+        turn = 0 if decision.prefill.any() else 1
+        inner = self.scheduler.learn(state.inner, x._replace(worker=WORKERS[turn]), decision, feedback)
+        used = list(state.used)
+        used[turn] += feedback / state.inner.shares[turn]
+        return Sliced(inner, (used[0] - min(used), used[1] - min(used)))
