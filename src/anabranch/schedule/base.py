@@ -175,7 +175,7 @@ class Line:
         self.adds = lists((activation, left, -activation - left, -activation))
         self.orders: list[list[Pass]] = [[] for _ in range(p)]
         self.free, self.held, self.peak, self.waited = ([0.0] * p for _ in range(4))
-        self.ran: dict[Pass, tuple[int, float]] = {}
+        self.ran: dict[tuple[Op, int, int], tuple[int, float]] = {}
         """Where each pass runs, and when it ends; a BW as a B."""
         self.done = {kind: [0] * stages for kind in (F, B, W, BW)}
         """How many of a kind each stage has."""
@@ -190,13 +190,13 @@ class Line:
         """When the input of a pass is on a device; None if what gives it is not scheduled yet."""
         kind, stage, micro = one
         if kind is F:
-            before = Pass(F, stage - 1, micro) if stage else None
+            before = (F, stage - 1, micro) if stage else None
         elif kind is W:
-            before = Pass(B, stage, micro)
-        elif Pass(F, stage, micro) not in self.ran:
+            before = B, stage, micro
+        elif (F, stage, micro) not in self.ran:  # a tuple equals a `Pass` of the same, and is made far quicker
             return None
         else:
-            before = Pass(B, stage + 1, micro) if stage + 1 < self.stages else None
+            before = (B, stage + 1, micro) if stage + 1 < self.stages else None
         if before is None:
             return 0.0
         ran = self.ran.get(before)
@@ -213,18 +213,20 @@ class Line:
                 raise PlanError(f"device {device}: memory of {self.limit:g} does not suffice for {one}")
             self.weight(device)
 
-    def put(self, device: int, one: Pass) -> None:
-        """The next pass of a device, room being made for it."""
+    def put(self, device: int, one: Pass, arrives: float | None = None) -> None:
+        """The next pass of a device, room being made for it; `arrives` is when its input does, if that is known."""
         self.room(device, one)
-        arrives = self.arrives(device, one)
+        arrives = self.arrives(device, one) if arrives is None else arrives
         assert arrives is not None, one
         kind, stage, micro = one
         start = max(self.free[device], arrives)
         if self.orders[device]:
             self.waited[device] += start - self.free[device]
         self.free[device] = start + self.time[kind][stage]
-        self.ran[Pass(B, stage, micro) if kind is BW else one] = device, self.free[device]
-        self.peak[device] = max(self.peak[device], self.held[device] + self.takes[kind][stage])
+        self.ran[(B, stage, micro) if kind is BW else one] = device, self.free[device]
+        held = self.held[device] + self.takes[kind][stage]
+        if held > self.peak[device]:
+            self.peak[device] = held
         self.held[device] += self.adds[kind][stage]
         self.orders[device].append(one)
         self.done[kind][stage] += 1
@@ -257,7 +259,7 @@ class Line:
                 while order and (arrives := self.arrives(device, order[0])) is not None:
                     one, moved = order.popleft(), True
                     before(device, one, arrives)
-                    self.put(device, one)
+                    self.put(device, one, arrives)
         if any(left):
             raise PlanError(f"deadlock: {next(order[0] for order in left if order)} never has its input")
 

@@ -107,7 +107,9 @@ def judge(schedule: Schedule, costs: Costs, memory: float = np.inf) -> Found:
     busy = min(sum(line.time[one.kind][one.stage] for one in order) for order in schedule.orders)
     # A second iteration behind the first, each device beginning as soon as it is free.
     m = schedule.micros
-    line.follow([[one._replace(micro=one.micro + m) for one in order] for order in schedule.orders], lambda *_: None)
+    line.follow(
+        [[Pass(kind, stage, micro + m) for kind, stage, micro in order] for order in schedule.orders], lambda *_: None
+    )
     fits = peak <= memory * (1 + 1e-9)
     return Found(schedule, costs, step, max(line.free) - step, 1 - busy / step if step else 0.0, peak, fits)
 
