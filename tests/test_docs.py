@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import anabranch
 from anabranch.cli import app
-from anabranch.run.config import PipelineConfig, ServedCellFile
+from anabranch.run.config import PipelineConfig, ServedCellFile, ServedModelFile
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -91,6 +91,9 @@ def test_page(page, namespace):
 def check_toml(said: dict) -> None:
     if "cell" in said:
         ServedCellFile.model_validate(said)
+        return
+    if "model" in said:
+        ServedModelFile.model_validate(said)
         return
     whole = "source" in said and "stage" in said
     PipelineConfig.model_validate(said if whole else LEAST | said)
