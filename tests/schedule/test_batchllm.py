@@ -9,7 +9,7 @@ import pytest
 from anabranch.plan import simulate, validate
 from anabranch.schedule.batchllm import BatchLLM, PrefixTree, group_requests, maximize_reuse
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.serving import Engine, simulate_serving
+from anabranch.schedule.serving import WAITING, Engine, View, simulate_serving
 from anabranch.schedule.workload import Workload
 
 
@@ -203,6 +203,21 @@ def test_a_prefix_stays_while_nobody_uses_it():
     begun = [next(n for n, entry in enumerate(result.log) if i in entry[3]) for i in (4, 5)]
     assert begun[1] > begun[0] + 100 and result.preemptions
     assert result.cached == 80
+
+
+def test_what_is_kept_gives_way_to_the_only_one_that_could_go_on():
+    ints, nan = lambda *values: np.array(values), np.full(2, np.nan)
+    sent_away = View(
+        now=7.0, id=ints(0, 1), status=np.full(2, WAITING, np.int8), arrival=np.zeros(2), prompt=ints(256, 100),
+        done=ints(0, 0), generated=ints(9, 0), blocks=ints(0, 5), first_emit=nan, last_emit=nan, ttft=nan, tds=nan,
+        preempted=ints(1, 0), limit=ints(-1, -1), free_blocks=15, block=16, total_blocks=20, queued=0, max_tokens=8192,
+        max_seqs=8, hit=ints(0, 80), own=ints(0, 0),
+    )  # fmt: skip
+    scheduler = BatchLLM(np.array([-1, 0]), np.array([0, 80]))
+    _, batch = scheduler.act((), sent_away)
+    assert batch.keep is None and batch.timer == 7.0 and not batch.prefill.any()
+    _, batch = scheduler.act((), sent_away._replace(free_blocks=16))
+    assert batch.prefill.tolist() == [256, 0] and batch.keep.tolist() == [False, True]
 
 
 def test_memory_for_hardly_more_than_one():
