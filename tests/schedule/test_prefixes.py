@@ -141,6 +141,28 @@ class Keeps(Scheduler):
         return state, batch._replace(keep=keep)
 
 
+class Idles(Scheduler):
+    """Serves the first request, keeps what the second would find, then does nothing at all, then serves it."""
+
+    views: list = eqx.field(default_factory=list)
+
+    def init(self, *, key=None):
+        return 0
+
+    def act(self, state, x):
+        slot = x.id.argmax()
+        self.views.append((int(x.blocks[slot]), x.free_blocks))
+        n = np.arange(len(x.id))
+        tokens = np.where((n == slot) & (state in (0, 3)), x.prompt - x.hit, 0)
+        return state + 1, Batch(n < 0, tokens, timer=x.now if state < 4 else None, keep=(n == slot) & (state == 1))
+
+
+def test_what_is_kept_is_held_as_long_as_a_batch_says_so_also_one_that_does_nothing():
+    load = Workload([0, 0.001], [80, 81], [1, 1], tokens=[np.arange(80), np.arange(81)])
+    result = simulate_serving(load, [Engine(COST, kv_tokens=160, prefixes=True)], idles := Idles())
+    assert idles.views[:4] == [(0, 10), (0, 10), (5, 5), (0, 10)] and result.cached == 80
+
+
 def test_what_is_kept_is_found():
     """Memory holds two texts. The third takes the place of the first, which is wanted again, or else of the second."""
     first, second, third = (np.arange(n) + 1000 * n for n in (160, 144, 145))

@@ -486,6 +486,8 @@ class _Simulation:
             extra = self.preempt(one, batch.preempt)
         else:
             extra = 0.0
+        if one.index:
+            one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
         decode, prompts = np.flatnonzero(batch.decode), np.flatnonzero(batch.prefill)
         if not len(decode) and not len(prompts):
             one.idle, one.wake = True, one.wake + 1
@@ -499,7 +501,6 @@ class _Simulation:
         back = decode[one.status[decode] == SWAPPED]
         extra += self.moved(one, int(one.done[back].sum()))
         if one.index:
-            one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
             one.find(prompts[fresh])
         if len(prompts):
             over = chunk > one.prompt[prompts] - one.done[prompts]
