@@ -9,7 +9,7 @@ import pytest
 from anabranch.plan import simulate, validate
 from anabranch.schedule.batchllm import BatchLLM, PrefixTree, group_requests, maximize_reuse
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.scheduler import WAITING, Engine, View
 from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
@@ -179,9 +179,54 @@ def test_memory_and_not_number_limits_who_is_let_in():
     )
     most = max(len(decoded) for _, _, decoded, *_ in result.log)
     # Each takes a block, and one is set aside for its answer; 90 of 100 blocks are given.
-    assert 40 <= most <= 50 and not result.preemptions
+    assert most == 45 and not result.preemptions
     few = simulate_serving(load, [Engine(Fitted(), max_seqs=150)], BatchLLM(none, none), record=True)
     assert max(len(decoded) for _, _, decoded, *_ in few.log) == 150
+
+
+def test_a_group_begins_at_once():
+    """All that fit in a chunk, of which only the first computes the prefix."""
+    load = Workload(np.zeros(7), [500, *[180] * 6], np.full(7, 9), group=[0, *[1] * 6], shared=[0, *[160] * 6])
+    result = simulate_serving(
+        load, [Engine(Fitted(), prefixes=True)], BatchLLM(load.group, load.shared, chunk=250), record=True
+    )
+    prefilled = [entry[3:] for entry in result.log[:4]]
+    assert prefilled == [([0], [250]), ([0], [250]), ([1, 2, 3, 4, 5], [180, 20, 20, 20, 10]), ([5, 6], [10, 20])]
+
+
+def test_a_prefix_stays_while_nobody_uses_it():
+    """Between the first of a group and the second, four that answer at length take all the memory, and some of them are
+    sent away and come before the second."""
+    groups, shared = [-1, -1, -1, -1, 0, 0], [0, 0, 0, 0, 80, 80]
+    load = Workload(np.zeros(6), [64, 64, 64, 64, 88, 160], [120, 120, 120, 120, 1, 1], group=groups, shared=shared)
+    engine, scheduler = Engine(Fitted(), kv_tokens=30 * 16, prefixes=True), BatchLLM(load.group, load.shared)
+    result = simulate_serving(load, [engine], scheduler, record=True)
+    begun = [next(n for n, entry in enumerate(result.log) if i in entry[3]) for i in (4, 5)]
+    assert begun[1] > begun[0] + 100 and result.preemptions
+    assert result.cached == 80
+
+
+def test_what_is_kept_gives_way_to_the_only_one_that_could_go_on():
+    ints, nan = lambda *values: np.array(values), np.full(2, np.nan)
+    sent_away = View(
+        now=7.0, id=ints(0, 1), status=np.full(2, WAITING, np.int8), arrival=np.zeros(2), prompt=ints(256, 100),
+        done=ints(0, 0), generated=ints(9, 0), blocks=ints(0, 5), first_emit=nan, last_emit=nan, ttft=nan, tds=nan,
+        preempted=ints(1, 0), limit=ints(-1, -1), free_blocks=15, block=16, total_blocks=20, queued=0, max_tokens=8192,
+        max_seqs=8, hit=ints(0, 80), own=ints(0, 0),
+    )  # fmt: skip
+    scheduler = BatchLLM(np.array([-1, 0]), np.array([0, 80]))
+    _, batch = scheduler.act((), sent_away)
+    assert batch.keep is None and batch.timer == 7.0 and not batch.prefill.any()
+    _, batch = scheduler.act((), sent_away._replace(free_blocks=16))
+    assert batch.prefill.tolist() == [256, 0] and batch.keep.tolist() == [False, True]
+
+
+def test_memory_for_hardly_more_than_one():
+    for seed in range(10):
+        groups = group_requests(texts(30, seed), 30.0)
+        most = -(-int((groups.load.prompt + groups.load.output).max()) // 16)
+        result = serve(groups, kv_tokens=16 * most)
+        assert np.array_equal(result.tokens, groups.load.output) and result.peak <= most
 
 
 def test_one_that_is_too_large_is_rejected_and_the_rest_of_its_group_served():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import equinox as eqx
 import numpy as np
 import pytest
 
@@ -89,6 +90,41 @@ def test_prefixes_on_engines_that_only_prefill():
     assert np.array_equal(result.tokens, load.output) and result.cached > 0
 
 
+class Sees(FCFS):
+    """Notes what it sees of the first three requests, and how busy engines are."""
+
+    views: list = eqx.field(default_factory=list)
+    loads: list = eqx.field(default_factory=list)
+
+    def act(self, state, x):
+        at = np.argsort(x.id)[np.sort(x.id) >= 0][:3]
+        self.views.append((x.blocks[at].tolist(), x.hit[at].tolist(), x.own[at].tolist(), x.free_blocks))
+        return super().act(state, x)
+
+    def route(self, engines, request):
+        self.loads.append([load.tokens for load in engines])
+        return 0
+
+
+def test_what_a_scheduler_sees():
+    alike = np.arange(40)
+    load = Workload([0, 1, 2], [40, 40, 40], [9000, 3, 1], tokens=[alike] * 3)
+    simulate_serving(load, [Engine(COST, kv_tokens=16_000, max_seqs=2, prefixes=True)], sees := Sees())
+    # The second waits, and would find two of the first one's three blocks; then each has one of its own.
+    assert sees.views[0] == ([0], [0], [0], 1000)
+    waits = next(i for i, (blocks, *_) in enumerate(sees.views) if len(blocks) == 2)
+    (first, found), (done, hit), (own, none), free = sees.views[waits]
+    assert (found, hit, none) == (2, 32, 0) and done > 900 and (own, free) == (first, 1000 - first)
+    (first, second), _, own, free = sees.views[waits + 1]
+    assert second == 3 and own == [first - 2, 1] and free == 1000 - first - 1
+
+
+def test_who_is_busy_knows_what_need_not_be_computed():
+    load = Workload([0, 1, 2], [40, 40, 40], [2, 2, 2], tokens=[np.arange(40)] * 3)
+    simulate_serving(load, [Engine(COST, prefixes=True)] * 2, sees := Sees())
+    assert sees.loads == [[0, 0]] * 3
+
+
 class Keeps(Scheduler):
     """One request at a time; of those that wait, the last one's prefix is kept."""
 
@@ -104,6 +140,28 @@ class Keeps(Scheduler):
         keep = np.zeros(n, bool)
         keep[waiting[1:][-1:]] = self.keeps
         return state, batch._replace(keep=keep)
+
+
+class Idles(Scheduler):
+    """Serves the first request, keeps what the second would find, then does nothing at all, then serves it."""
+
+    views: list = eqx.field(default_factory=list)
+
+    def init(self, *, key=None):
+        return 0
+
+    def act(self, state, x):
+        slot = x.id.argmax()
+        self.views.append((int(x.blocks[slot]), x.free_blocks))
+        n = np.arange(len(x.id))
+        tokens = np.where((n == slot) & (state in (0, 3)), x.prompt - x.hit, 0)
+        return state + 1, Batch(n < 0, tokens, timer=x.now if state < 4 else None, keep=(n == slot) & (state == 1))
+
+
+def test_what_is_kept_is_held_as_long_as_a_batch_says_so_also_one_that_does_nothing():
+    load = Workload([0, 0.001], [80, 81], [1, 1], tokens=[np.arange(80), np.arange(81)])
+    result = simulate_serving(load, [Engine(COST, kv_tokens=160, prefixes=True)], idles := Idles())
+    assert idles.views[:4] == [(0, 10), (0, 10), (5, 5), (0, 10)] and result.cached == 80
 
 
 def test_what_is_kept_is_found():

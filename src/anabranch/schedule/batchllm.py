@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float64, Int64
+from jaxtyping import ArrayLike, Float64, Int64
 
 from anabranch.plan import Op, Plan, PlanBuilder
 from anabranch.schedule.baselines import batch, prompts, running
@@ -274,32 +274,38 @@ class BatchLLM(Scheduler):
 
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, free = running(x)
-        if len(preempted):
-            return state, batch(x, decode, preempted, {})
-        found, keep = self._admit(x, decode, free)
+        found: dict[int, int] = {}
+        if not len(preempted):
+            found, free = self._admit(x, decode, free)
+        keep = np.zeros(len(x.id), bool)
+        new = np.flatnonzero((x.status == WAITING) & (x.preempted == 0))
+        new = new[~np.isin(new, list(found))]
+        if len(new):
+            first = new[np.argmin(x.id[new])]
+            # The next of the group in progress is to find its prefix, also if somebody sent away comes before it.
+            keep[first] = x.need(x.hit[first]) - x.blocks[first] <= free
+        if not len(decode) and not found:  # what is kept is in the way of the only one that could go on
+            return state, batch(x, decode, preempted, {})._replace(timer=x.now if len(prompts(x)) else None)
         return state, batch(x, decode, preempted, found)._replace(keep=keep)
 
-    def _admit(self, x: View, decode: np.ndarray, free: int) -> tuple[dict[int, int], Bool[np.ndarray, " N"]]:
-        """Tokens of each prompt, and whose prefix is to stay: that of the next to be let in."""
+    def _admit(self, x: View, decode: np.ndarray, free: int) -> tuple[dict[int, int], int]:
+        """Tokens of each prompt, and the blocks that are left."""
         found: dict[int, int] = {}
-        keep = np.zeros(len(x.id), bool)
         budget, seats = self.chunk, x.max_seqs - len(decode)
         room = free - (1 - self.high) * x.total_blocks - len(decode)
         made: dict[int, int] = {}  # tokens of a group's prefix that are there, or are made in this iteration
         for slot in prompts(x):
-            group = int(self.group[x.id[slot]])
-            begins = x.status[slot] == WAITING
-            hit = int(x.hit[slot])
-            there = max(hit, made.get(group, 0)) if begins else hit
-            there = min(there, int(x.prompt[slot] - 1) // x.block * x.block) if begins else there
+            group, hit, begins = int(self.group[x.id[slot]]), int(x.hit[slot]), x.status[slot] == WAITING
+            there = hit
+            if begins:  # whole blocks, and not the one with the last token
+                there = max(hit, min(made.get(group, 0), int(x.prompt[slot]) - 1) // x.block * x.block)
             take = min(int(x.prompt[slot]) - there, budget)
             need = int(x.need(x.prompt[slot]) - x.blocks[slot]) - (there - hit) // x.block
             alone = not len(decode) and not found
             if take <= 0 or len(found) >= seats or need > (free if alone or not begins else room):
-                keep[slot] = begins and x.need(hit) - x.blocks[slot] <= free
                 break
             found[slot] = take
             free, room, budget = free - need, room - need - 1, budget - take
             if group >= 0:
                 made[group] = max(made.get(group, 0), min(int(self.shared[x.id[slot]]), there + take))
-        return found, keep
+        return found, free

@@ -134,7 +134,9 @@ class Seats:
         slots, back = np.flatnonzero(how), np.flatnonzero(how == RECOMPUTE)
         self.preempted[slots] += 1
         self.status[how == SWAP] = SWAPPED
+        left = (self.prompt[back] - self.done[back]).clip(0)
         self.prompt[back] = self.asked[back] + self.generated[back]
+        self.waiting_tokens += int((self.prompt[back] - left).sum())
         self.done[back], self.status[back] = 0, WAITING
         self.release(slots)
 
@@ -148,7 +150,6 @@ class Seats:
         chunk, fresh = batch.prefill[prompts], self.status[prompts] == WAITING
         whole = batch.layers[1] >= 1.0
         if self.index:
-            self.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
             self.find(prompts[fresh])
         if len(prompts):
             over = chunk > self.prompt[prompts] - self.done[prompts]
