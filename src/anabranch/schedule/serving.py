@@ -241,22 +241,13 @@ class _Simulation:
         one.state, batch = self.act(one.state, view)
         extra = 0.0
         if batch.preempt is not None and batch.preempt.any():
-<<<<<<< HEAD
             extra = self.moved(one, int(one.done[batch.preempt == SWAP].sum()))
             self.result.preemptions += int(np.count_nonzero(batch.preempt))
             one.preempt(batch.preempt)
-        loop.wake += 1
-        if not batch.decode.any() and not batch.prefill.any():
-=======
-            extra = self.preempt(one, batch.preempt)
-        else:
-            extra = 0.0
         if one.index:
             one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
-        decode, prompts = np.flatnonzero(batch.decode), np.flatnonzero(batch.prefill)
-        if not len(decode) and not len(prompts):
-            one.idle, one.wake = True, one.wake + 1
->>>>>>> batchllm
+        loop.wake += 1
+        if not batch.decode.any() and not batch.prefill.any():
             if batch.timer is not None:
                 again = lambda t, asked=loop.wake: self.ask(one, t) if loop.wake == asked else None
                 self.at(max(batch.timer, now + EPS), again)
@@ -268,29 +259,8 @@ class _Simulation:
         taken = one.take(batch, type(self.scheduler).__name__)
         decode, prompts = taken.decode, taken.prompts
         if one.index:
-<<<<<<< HEAD
             self.result.cached += int(one.done[prompts[taken.fresh & (one.preempted[prompts] == 0)]].sum())
         self.result.prefilled += int(taken.chunk.sum()) if taken.whole else 0
-=======
-            one.find(prompts[fresh])
-        if len(prompts):
-            over = chunk > one.prompt[prompts] - one.done[prompts]
-            if over.any() or (one.status[prompts] > PREFILLING).any():
-                raise RuntimeError(f"{type(self.scheduler).__name__} prefills what is not there")
-            if one.index:
-                chunk = one.fill(prompts, chunk, fresh, high >= 1.0)
-                self.result.cached += int(one.done[prompts[fresh & (one.preempted[prompts] == 0)]].sum())
-            else:
-                one.hold(prompts, one.done[prompts] + chunk)
-            one.status[prompts] = PREFILLING
-            self.result.prefilled += int(chunk.sum()) if high >= 1.0 else 0
-        if len(decode):
-            held = one.status[decode]
-            if ((held != DECODING) & (held != SWAPPED)).any():
-                raise RuntimeError(f"{type(self.scheduler).__name__} decodes what is not prefilled")
-            one.hold(decode, one.done[decode] + 1)
-            one.status[decode] = DECODING
->>>>>>> batchllm
         cost = one.engine.cost
         fast = self.fast and len(one.loops) == 1 and batch.share == 1.0
         if fast and not len(prompts) and not extra and batch.preempt is None:
