@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anabranch import contract
-from anabranch.layers.kv import Rows
+from anabranch.layers.kv import KV, Grouped, Rows
 from anabranch.models.llama import Config, Decoder, Llama, int8
 
 CONFIG = Config(vocab=37, width=24, layers=3, heads=6, kv_heads=2, hidden=40, rope_base=1000.0)
@@ -95,6 +95,23 @@ def test_streams_that_take_turns_equal_each_alone(llama, cell):
     for i, text in enumerate(texts):
         np.testing.assert_allclose(found[i], llama(text)[-1], atol=1e-4)
     assert not bool(memory[0].k[0].any())
+
+
+def test_texts_that_share_a_prefix_read_it_once_and_say_the_same(llama, cell):
+    prefix, rest = TOKENS[:9], TOKENS[9:15].reshape(3, 2)
+    state, _ = advance(cell, cell.init(), prefix)
+    blank = lambda: jnp.zeros((3, 2, 6, 4))
+    memory = [Grouped(KV(m.k[:, :9], m.v[:, :9]), Rows(blank(), blank())) for m in state.memory]
+
+    @jax.jit
+    def step(memory, tokens, positions):
+        h, memory = cell.run_layers(cell.embedding[tokens], memory, positions)
+        return memory, cell.logits(h, positions)
+
+    for t in range(2):
+        memory, logits = step(memory, rest[:, t], jnp.full(3, 9 + t))
+    for i in range(3):
+        np.testing.assert_allclose(logits[i], llama(jnp.concatenate([prefix, rest[i]]))[-1], atol=1e-4)
 
 
 def test_int8_is_close_and_rows_do_not_depend_on_each_other(llama, cell):

@@ -1,4 +1,4 @@
-"""Attention over keys in several places: a part for each place, and the parts put together.
+"""Attention; and attention over keys in several places: a part for each place, and the parts put together.
 
 A softmax over all keys is the mean of those over the parts, weighted by the sums of their exponentials. So each part
 also gives the logarithm of its sum, and nothing else has to be known of it.
@@ -8,6 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float
+
+
+def attend(
+    q: Float[Array, "T heads D"],
+    k: Float[Array, "kv S D"],
+    v: Float[Array, "kv S D"],
+    visible: Bool[Array, "T S"],
+) -> Float[Array, "T heads*D"]:
+    """What each of T queries takes from the visible ones of S slots; `heads` queries share `kv` keys."""
+    T, heads, D = q.shape
+    q = q.reshape(T, len(k), -1, D) * D**-0.5
+    if T == 1:  # XLA's CPU backend has no fast product for one query a stream; as sums it reads the cache once
+        score = (q[:, :, :, None] * k[:, None]).sum(-1)
+    else:
+        score = jnp.einsum("tkgd,ksd->tkgs", q, k)
+    share = jax.nn.softmax(jnp.where(visible[:, None, None], score, -jnp.inf))
+    return jnp.einsum("tkgs,ksd->tkgd", share, v).reshape(T, heads * D)
 
 
 def partial_attention(

@@ -1,4 +1,4 @@
-"""The keys and values that attention remembers, in slots, and attention over them.
+"""The keys and values that attention remembers, in slots.
 
 A layer's memory takes the queries, keys and values of the next tokens and gives what each token takes from all that it
 may see. Keys are stored rotated (RoPE) by their position; to move one, rotate it by the difference.
@@ -13,24 +13,9 @@ may see. Keys are stored rotated (RoPE) by their position; to move one, rotate i
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-
-def attend(
-    q: Float[Array, "T heads D"],
-    k: Float[Array, "kv S D"],
-    v: Float[Array, "kv S D"],
-    visible: Bool[Array, "T S"],
-) -> Float[Array, "T heads*D"]:
-    """What each of T queries takes from the visible ones of S slots; `heads` queries share `kv` keys."""
-    T, heads, D = q.shape
-    q = q.reshape(T, len(k), -1, D) * D**-0.5
-    if T == 1:  # XLA's CPU backend has no fast product for one query a stream; as sums it reads the cache once
-        score = (q[:, :, :, None] * k[:, None]).sum(-1)
-    else:
-        score = jnp.einsum("tkgd,ksd->tkgs", q, k)
-    share = jax.nn.softmax(jnp.where(visible[:, None, None], score, -jnp.inf))
-    return jnp.einsum("tkgs,ksd->tkgd", share, v).reshape(T, heads * D)
+from anabranch.layers.attention import attend, grouped_attention
 
 
 class KV(eqx.Module):
@@ -92,3 +77,27 @@ class Rows(eqx.Module):
         new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
         visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
         return attend(q, new.k[stream], new.v[stream], visible), new
+
+
+class Grouped(eqx.Module):
+    """The memories of one layer and G texts that begin with the same P tokens, which are kept, and read, only once."""
+
+    prefix: KV
+    """Of the P tokens that they share: (kv, P, D)."""
+    own: Rows
+    """Of what follows, for each."""
+
+    def extend(
+        self,
+        q: Float[Array, "G heads D"],
+        k: Float[Array, "G kv D"],
+        v: Float[Array, "G kv D"],
+        positions: Int[Array, " G"],
+    ) -> tuple[Float[Array, "G heads*D"], "Grouped"]:
+        """One token each; positions count from the beginning of the prefix."""
+        G, P = len(q), self.prefix.k.shape[1]
+        at = jnp.arange(G), slice(None), positions - P
+        own = Rows(self.own.k.at[at].set(k, mode="drop"), self.own.v.at[at].set(v, mode="drop"))
+        turn = lambda memory: (memory.k.swapaxes(-3, -2), memory.v.swapaxes(-3, -2))
+        there = jnp.arange(own.k.shape[2]) <= (positions - P)[:, None]
+        return grouped_attention(q, turn(self.prefix), turn(own), there).reshape(G, -1), Grouped(self.prefix, own)

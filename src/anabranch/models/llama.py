@@ -24,6 +24,7 @@ what attention remembers. Each layer has its own arrays, which a driver that don
 `anabranch.models.weights` loads both from files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -305,12 +306,12 @@ class Decoder(Cell):
     def run_layers(
         self,
         h: Float[Array, "T d"],
-        memory: tuple[KV, ...],
+        memory: Sequence[Any],
         positions: Int[Array, " T"],
         low: int = 0,
         high: int | None = None,
-    ) -> tuple[Float[Array, "T d"], tuple[KV, ...]]:
-        """Some of the layers; the others' memory stays as it is."""
+    ) -> tuple[Float[Array, "T d"], tuple[Any, ...]]:
+        """Some of the layers; the others' memory stays as it is. A memory is anything that extends as `KV` does."""
         new = list(memory)
         for i in range(len(self.layers))[low:high]:
             h, new[i] = self.layers[i](h, positions, memory[i].extend)
