@@ -1,6 +1,6 @@
 """Trains `models/glyph_vit.py` to read letters as the fonts of matplotlib draw them, moved, bent, blurred and noisy.
 
-About four minutes on two cores. Needs `pip install 'anabranch[viz]'`. No digit is drawn.
+About eight minutes on two cores. Needs `pip install 'anabranch[viz]'`. No digit is drawn.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from anabranch.models.glyph_vit import LETTERS, GlyphViT
 
 SIDE = 48
 """Pixels of a drawn letter, of which the longer side takes 40."""
-BATCH, STEPS = 64, 1500
+BATCH, STEPS = 64, 3000
 
 
 def draw(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:

@@ -98,7 +98,8 @@ def experiment(size: Size) -> list[Comparison]:
         worst = max(worst, abs(found / (n * 3 * V * MOVED) - 1), abs(found / traffic(V, U, m, MOVED) - 1))
     held = simulate(zeropp(P, V, P, 4 * P).plan()).peak.max()
     deep = simulate(interleaved(P, 4 * P, V).plan()).peak.max()
-    said = "zeropp(2, 1, 2, 2)" if size.smoke else "zeropp(4, 2, 7, 14)"
+    said = "zeropp(2, 1, 2, 2), 2" if size.smoke else "zeropp(4, 2, 7, 14), 7"
+    said = f"sharded({said}, Shards(1.0, 1.0))"  # with groups of two
     error = proof.run(said)[said]["error"]
     return [
         *out,

@@ -34,6 +34,7 @@ def test_gradients_and_memory(executed):
         ({"weights": jnp.ones((3, 2))}, r"weights: the plan has 1, found \[3\]"),
         ({"inputs": jnp.ones((5, 2))}, r"inputs: the plan has 2, found \[5\]"),
         ({"devices": []}, "the plan has 1 devices, there are 0"),
+        ({"devices": [0, 1], "group": 2}, "group is 2, but the plan gathers no weights"),
     ],
 )
 def test_refused(change, message):
@@ -52,10 +53,22 @@ def test_one_device_is_enough():
 def test_what_cannot_be_executed():
     b = PlanBuilder()
     b.add(Op.OPT, b.lane(0), 1.0, stage=0, micro=0)
-    with pytest.raises(PlanError, match="only F, B, W, BW, D2H and H2D can be executed, the plan has OPT"):
+    with pytest.raises(PlanError, match="only F, B, W, BW, D2H, H2D, AG and RS can be executed, the plan has OPT"):
         execute(b.build(), MODEL, jnp.ones((1, 2)), (), jnp.ones((1, 2)), jnp.ones((1, 2)))
     far = dataclasses.replace(one_f_one_b(4, 1), placement=(0, 2, 1, 3))
     orders = [far.orders[i] for i in (0, 2, 1, 3)]
     with pytest.raises(PlanError, match="stage 0 on device 0 sends to device 2, which is no neighbour"):
         plan = dataclasses.replace(far, orders=orders).plan()
         execute(plan, MODEL, jnp.ones((4, 2)), (), jnp.ones((1, 2)), jnp.ones((1, 2)), devices=range(4))
+
+
+@pytest.mark.parametrize("less, text", [(Op.AG, "F of stage 0, .* has no AG"), (Op.RS, "BW of stage 0, .* has no RS")])
+def test_a_stage_needs_its_weights_and_its_gradients_scattered(less, text):
+    b = PlanBuilder()
+    lane, net = b.lane(0), b.lane(0, "net")
+    before: list[int] = []
+    for kind in (Op.AG, Op.F, Op.BW, Op.RS):
+        if kind is not less:
+            before = [b.add(kind, net if kind in (Op.AG, Op.RS) else lane, 1.0, stage=0, micro=0, after=before)]
+    with pytest.raises(PlanError, match=text):
+        execute(b.build(), MODEL, jnp.ones((1, 2)), (), jnp.ones((1, 2)), jnp.ones((1, 2)))

@@ -145,6 +145,9 @@ def test_sizes_are_named():
         sharded(gpipe(2, 2), 0, Shards())
 
 
-def test_gradients_are_those_of_the_model(executed):
-    said = "zeropp(4, 2, 4, 5)"
-    assert executed(said)[said]["error"] < 1e-5
+def test_gradients_are_those_of_the_model_whose_weights_are_sharded_or_not(executed):
+    whole, parts = "zeropp(4, 2, 4, 5)", "sharded(zeropp(2, 2, 3, 5), 3, Shards(1.0, 1.0))"
+    found = executed(whole, parts)
+    assert found[whole]["error"] < 1e-5 and found[parts]["error"] < 1e-5
+    # What is gathered for a forward, what for a backward, and the next one on its way; gradients of two blocks.
+    assert found[parts]["slots"]["gathered"] == [3, 3] and found[parts]["slots"]["sums"] == [2, 2]

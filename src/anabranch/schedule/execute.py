@@ -6,6 +6,9 @@ given out by the plan, so that the buffers are as large as its peak. What it off
 which is memory like any other on virtual devices. What a backward pass needs it computes again from the input of its
 stage; the gradient of the weights is a second half of it, cut by `two_stage_backprop.halve`.
 
+In a plan with AG and RS each device stands for a group, each of which has a part of every weight and of every
+micro-batch: weights are gathered when the plan says so and gradients scattered, and both have slots in between.
+
 Ticks are not times: devices that share a processor say nothing about those.
 """
 
@@ -27,6 +30,7 @@ from anabranch.schedule.two_stage_backprop import halve
 
 KINDS = (Op.F, Op.B, Op.W, Op.BW)
 MOVES = (Op.D2H, Op.H2D)
+SHARES = (Op.AG, Op.RS)
 
 
 class Model(NamedTuple):
@@ -57,7 +61,8 @@ class Executed(NamedTuple):
     """Of the weights, stacked by stage, and of `outer`."""
     ticks: int
     slots: dict[str, list[int]]
-    """Slots that each device used: `activation`, `host`, `gradient`, and `weights`, what is kept between B and W."""
+    """Slots that each device used: `activation`, `host`, `gradient`, `weights`, what is kept between B and W, and of a
+    plan with groups `gathered`, weights, and `sums`, gradients that are to be scattered."""
 
 
 class _Row(NamedTuple):
@@ -74,6 +79,10 @@ class _Row(NamedTuple):
     """Slots from activation to host, and back from host to activation."""
     came: Any
     """From the device below, from the one above, and from itself: what came (1 activation, 2 gradient) and its slot."""
+    held: Any
+    """Of a group: the slots of the weights that are used, and of the sum that gradients are added to."""
+    shares: Any
+    """Of a group: what is gathered now, and what scattered: chunk and slot."""
 
 
 def execute(
@@ -84,15 +93,17 @@ def execute(
     inputs: Shaped[Array, "m ..."],
     targets: Shaped[Array, "m ..."],
     devices: Sequence[Any] | None = None,
+    group: int = 1,
 ) -> Executed:
     """The loss, and the gradients, of one step.
 
     Arguments:
-        plan: of F, B, W and BW, on any devices, and of D2H and H2D of what F keeps; stages that follow one another are
-            on neighbours or on one device.
+        plan: of F, B, W and BW, on any devices, of D2H and H2D of what F keeps, and of AG and RS of each stage's
+            weights, of all stages or of none; stages that follow one another are on neighbours or on one device.
         weights: stacked by stage.
         inputs, targets: stacked by micro-batch.
-        devices: at least as many as the plan has.
+        devices: at least as many as the plan has, times `group`.
+        group: devices for which one of the plan stands, which share weights and micro-batches.
 
     Raises:
         PlanError: if the plan has other operations, or sends to a device that is no neighbour.
@@ -100,8 +111,13 @@ def execute(
     """
     p, stages, micros = _devices(plan), int(plan.stage.max()) + 1, int(plan.micro.max()) + 1
     devices = jax.devices() if devices is None else devices
-    if len(devices) < p:
-        raise ValueError(f"the plan has {p} devices, there are {len(devices)}")
+    if len(devices) < p * group:
+        raise ValueError(f"the plan has {p * group} devices, there are {len(devices)}")
+    if group > 1 and not (plan.kind == Op.AG).any():
+        raise ValueError(f"group is {group}, but the plan gathers no weights")
+    uneven = {leaf.shape[1] for leaf in jax.tree.leaves((inputs, targets)) if group > 1 and leaf.shape[1] % group}
+    if uneven:
+        raise ValueError(f"a micro-batch of {min(uneven)} cannot be shared by a group of {group}")
     for name, tree, size in (("weights", weights, stages), ("inputs", inputs, micros), ("targets", targets, micros)):
         found = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
         if found != {size}:
@@ -110,16 +126,25 @@ def execute(
     v = max(map(len, chunks))
     held = np.array([chunk + [chunk[0]] * (v - len(chunk)) for chunk in chunks])
     local = jax.tree.map(lambda leaf: leaf[held], weights)
-    mesh = Mesh(np.array(devices[:p]), ("stage",))
-    sizes = {name: max(count) for name, count in slots.items()}
+    shared, mine = bool(slots["gathered"]), Spec("stage")
+    if shared:  # flat, so that a group can share any of them
+        local = jax.tree.map(lambda leaf: _flat(leaf, group), local)
+        mine = Spec("stage", None, "group")
+    mesh = Mesh(np.array(devices[: p * group]).reshape(p, group), ("stage", "group"))
+    sizes = {name: max(count, default=0) for name, count in slots.items()}
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), weights)
+    part = Spec(None, "group") if shared else Spec()
     run = jax.shard_map(
-        partial(_device, model, stages, micros, p, sizes),
+        partial(_device, model, stages, micros, (p, group), sizes, like),
         mesh=mesh,
-        in_specs=(Spec("stage"), Spec("stage"), Spec(), Spec(), Spec()),
-        out_specs=(Spec("stage"), Spec(), Spec()),
+        in_specs=(Spec("stage"), mine, Spec(), part, part),
+        out_specs=(mine, Spec(), Spec()),
         check_vma=False,
     )
     by_chunk, by_outer, loss = jax.jit(run)(jax.tree.map(jnp.asarray, table), local, outer, inputs, targets)
+    if shared:
+        whole = lambda flat, like: flat[..., : like.size].reshape(*flat.shape[:2], *like.shape)
+        by_chunk = jax.tree.map(whole, by_chunk, like)
 
     def gather(parts: Shaped[Array, "p v ..."], like: Array) -> Array:
         # A device with fewer chunks has its first one again, whose gradients there are zero.
@@ -128,12 +153,22 @@ def execute(
     return Executed(loss, (jax.tree.map(gather, by_chunk, weights), by_outer), len(table.op[0]), slots)
 
 
+def _flat(leaf: Shaped[Array, "p v ..."], group: int) -> Shaped[Array, "p v n"]:
+    """Weights in a row, with as many zeros behind them as a group needs to have equal parts."""
+    flat = leaf.reshape(*leaf.shape[:2], -1)
+    return jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % group)))
+
+
 def _device(
-    model: Model, stages: int, micros: int, p: int, sizes: dict[str, int], table, local, outer, inputs, targets
-):
+    model: Model, stages: int, micros: int, mesh: tuple[int, int], sizes: dict[str, int], like: PyTree,
+    table, local, outer, inputs, targets,
+):  # fmt: skip
     """The program of one device: a scan over its rows."""
+    p, group = mesh
     table, local = jax.tree.map(lambda leaf: leaf[0], (table, local))
     pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    shared = sizes["gathered"] > 0
+    buffer = lambda count: jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), like)
     x = jax.eval_shape(model.first, outer, pick(inputs, 0))
     blank = jnp.zeros(x.shape, x.dtype)
 
@@ -143,15 +178,15 @@ def _device(
     def backward(w, outer, stage, inputs, targets, x, g):
         def objective(w, outer, x):
             y = model.stage(w, enter(outer, stage, inputs, x))
-            last = lambda: model.last(outer, y, targets) / micros
+            last = lambda: model.last(outer, y, targets) / (micros * group)
             return jax.lax.cond(stage == stages - 1, last, lambda: jnp.vdot(y, g))
 
         value, (gw, go, gx) = jax.value_and_grad(objective, (0, 1, 2))(w, outer, x)
         return (value, gx), (gw, go)
 
-    like = (pick(local, 0), outer, jnp.int32(0), pick(inputs, 0), pick(targets, 0), x, x)
-    halves = halve(backward, *like)
-    kept = jax.eval_shape(halves.first, *like)[1]
+    args = (like, outer, jnp.int32(0), pick(inputs, 0), pick(targets, 0), x, x)
+    halves = halve(backward, *args)
+    kept = jax.eval_shape(halves.first, *args)[1]
     state = {
         "activation": jnp.zeros((sizes["activation"] + 1, *x.shape), x.dtype),  # the last slot is for nothing
         "host": jnp.zeros((sizes["host"] + 1, *x.shape), x.dtype),
@@ -160,22 +195,29 @@ def _device(
         "grads": jax.tree.map(jnp.zeros_like, (local, outer)),
         "loss": jnp.float32(0),
     }
+    if shared:
+        state |= {"gathered": buffer(sizes["gathered"]), "sums": buffer(sizes["sums"])}
+
+    def weights(state, row):
+        return pick(state["gathered"], row.held[0]) if shared else pick(local, row.chunk)
 
     def forward_pass(state, row):
         x = enter(outer, row.stage, pick(inputs, row.micro), state["activation"][row.activation])
-        return state, model.stage(pick(local, row.chunk), x)
+        return state, model.stage(weights(state, row), x)
 
     def first_half(state, row):
         args = pick(inputs, row.micro), pick(targets, row.micro)
         x, g = state["activation"][row.activation], state["gradient"][row.gradient]
-        (value, gx), kept = halves.first(pick(local, row.chunk), outer, row.stage, *args, x, g)
+        (value, gx), kept = halves.first(weights(state, row), outer, row.stage, *args, x, g)
         loss = state["loss"] + jnp.where(row.stage == stages - 1, value, 0.0)
         return state | {"loss": loss}, gx, kept
 
     def second_half(state, row, kept):
         (gw, go), (sums, outers) = halves.second(kept), state["grads"]
-        sums = jax.tree.map(lambda total, g: total.at[row.chunk].add(g), sums, gw)
-        return state | {"grads": (sums, jax.tree.map(jnp.add, outers, go))}
+        at = row.held[1] if shared else row.chunk
+        added = jax.tree.map(lambda total, g: total.at[at].add(g), state["sums"] if shared else sums, gw)
+        outers = jax.tree.map(jnp.add, outers, go)
+        return state | ({"sums": added, "grads": (sums, outers)} if shared else {"grads": (added, outers)})
 
     def b(state, row):
         state, gx, found = first_half(state, row)
@@ -189,12 +231,33 @@ def _device(
         state, gx, found = first_half(state, row)
         return second_half(state, row, found), gx
 
+    def share(state, shares):
+        """Gather the weights of a chunk, and scatter the gradients of another; on every tick, as all devices must."""
+        (chunk, slot), (other, done) = shares
+
+        def gathered(buffer, shard):
+            whole = jax.lax.all_gather(shard[chunk], "group", tiled=True)
+            return buffer.at[slot].set(whole[: buffer[0].size].reshape(buffer.shape[1:]))
+
+        def scattered(total, full):
+            flat = jnp.pad(full[done].ravel(), (0, total.shape[1] * group - full[0].size))
+            part = jax.lax.psum_scatter(flat, "group", tiled=True)
+            return total.at[other].add(jnp.where(done >= 0, part, 0.0))
+
+        sums, outers = state["grads"]
+        sums = jax.tree.map(scattered, sums, state["sums"])
+        emptied = jax.tree.map(lambda full: full.at[done].set(0.0), state["sums"])
+        weights = jax.tree.map(gathered, state["gathered"], local)
+        return state | {"gathered": weights, "sums": emptied, "grads": (sums, outers)}
+
     branches = [lambda state, row: (state, blank), forward_pass, b, w, bw]
 
     def tick(state, row):
         for (origin, to), (given, taken) in zip((("activation", "host"), ("host", "activation")), row.moves):
             state = state | {to: state[to].at[taken].set(state[origin][given])}
         state, message = jax.lax.switch(row.op, branches, state, row)
+        if shared:
+            state = share(state, row.shares)
         up = jax.lax.ppermute(message, "stage", [(i, (i + 1) % p) for i in range(p)])
         down = jax.lax.ppermute(message, "stage", [(i, (i - 1) % p) for i in range(p)])
         for (what, slot), came in zip(row.came, (up, down, message)):
@@ -205,14 +268,16 @@ def _device(
 
     state, _ = jax.lax.scan(tick, state, table)
     sums, outers = state["grads"]
-    total = lambda leaf: jax.lax.psum(leaf, "stage")
+    total = lambda leaf: jax.lax.psum(leaf, ("stage", "group"))
     return jax.tree.map(lambda leaf: leaf[None], sums), jax.tree.map(total, outers), total(state["loss"])
 
 
 def _table(plan: Plan) -> tuple[_Row, list[list[int]], dict[str, list[int]]]:
     """The rows i32[p, ticks], the stages of each device, and the slots each device needs."""
-    if others := sorted({Op(kind).name for kind in plan.kind.tolist()} - {kind.name for kind in KINDS + MOVES}):
-        raise PlanError(f"only F, B, W, BW, D2H and H2D can be executed, the plan has {', '.join(others)}")
+    if others := sorted(
+        {Op(kind).name for kind in plan.kind.tolist()} - {kind.name for kind in KINDS + MOVES + SHARES}
+    ):
+        raise PlanError(f"only F, B, W, BW, D2H, H2D, AG and RS can be executed, the plan has {', '.join(others)}")
     one_each = simulate(replace(plan, dur=np.ones(len(plan)), dep_lag=np.zeros(len(plan.dep_lag))))
     start = one_each.start.astype(int)
     p, ticks, last = _devices(plan), int(one_each.makespan), int(plan.stage.max())
@@ -244,13 +309,16 @@ def _table(plan: Plan) -> tuple[_Row, list[list[int]], dict[str, list[int]]]:
             count, colours = _colour({key: span for key, span in found.items() if span is not None})
             slots[name].append(count)
             given |= colours
+    shares = _shares(ops, p, slots)
 
-    row = _Row(
-        *(np.zeros((p, ticks), np.int32) for _ in range(7)), *(np.zeros((p, ticks, n, 2), np.int32) for n in (2, 3))
-    )
-    for field in (row.activation, row.gradient, row.kept, row.moves):
+    row = _Row(*(np.zeros((p, ticks, *shape), np.int32) for shape in (*[()] * 7, (2, 2), (3, 2), (2,), (2, 2))))
+    for field in (row.activation, row.gradient, row.kept, row.moves, row.held, row.shares[..., 1]):
         field[:] = -1
     for kind, s, i, d, t in ops:
+        if kind in SHARES:
+            row.shares[d, t, SHARES.index(Op(kind))] = chunks[d].index(s), shares[kind, s, t]
+            continue
+        row.held[d, t] = [shares.get((share, kind, s, i), -1) for share in SHARES]
         back = given.get(("returned", s, i))
         if kind in MOVES:
             if back is not None:
@@ -273,6 +341,40 @@ def _table(plan: Plan) -> tuple[_Row, list[list[int]], dict[str, list[int]]]:
         way = 2 if to == d else 0 if to == (d + 1) % p else 1
         row.came[to, t, way] = what, given[name, after, i]
     return row, chunks, slots
+
+
+def _shares(ops: list[tuple], p: int, slots: dict[str, list[int]]) -> dict[tuple, int]:
+    """The slots of weights that are gathered and of gradients that are to be scattered: of each AG and RS by its tick,
+    and of what uses them. A pass uses the weights of its stage that came last, and adds to the next RS of its stage.
+
+    Raises:
+        PlanError: if a stage has no weights when it needs them, or gradients that are not scattered.
+    """
+    slots |= {"gathered": [], "sums": []}
+    moves = {share: [(s, t) for kind, s, _, _, t in ops if kind == share] for share in SHARES}
+    if not any(moves.values()):
+        return {}
+    found: dict[tuple, int] = {}
+    for share, name in zip(SHARES, ("gathered", "sums")):
+        users: dict[tuple[int, int], list[tuple]] = {move: [] for move in moves[share]}
+        for kind, s, i, _, t in ops:
+            if kind in ((Op.F, Op.B, Op.BW) if share == Op.AG else (Op.W, Op.BW)):
+                near = [at for stage, at in moves[share] if stage == s and (at < t if share == Op.AG else at >= t)]
+                if not near:
+                    raise PlanError(f"{Op(kind).name} of stage {s}, micro-batch {i}, has no {share.name}")
+                users[s, max(near) if share == Op.AG else min(near)].append((share, kind, s, i, t))
+        for d in range(p):
+            here = {s for _, s, _, device, _ in ops if device == d}
+            spans: dict[Any, tuple[int, int]] = {
+                (share, s, t): (min([t, *(u[-1] for u in some)]), max([t, *(u[-1] for u in some)]) + 1)
+                for (s, t), some in users.items()
+                if s in here
+            }
+            count, colours = _colour(spans)
+            slots[name].append(count)
+            found |= colours
+        found |= {user[:-1]: found[share, s, t] for (s, t), some in users.items() for user in some}
+    return found
 
 
 def _devices(plan: Plan) -> int:

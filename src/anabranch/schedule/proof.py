@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import anabranch.schedule
+from anabranch.plan import Op
 from anabranch.schedule.base import Plan, Schedule
 from anabranch.schedule.execute import Model, execute
 
@@ -62,7 +63,8 @@ def compare(given: Schedule | Plan, seed: int = 0) -> dict[str, Any]:
         "head": jax.random.normal(keys[2], (WIDTH, LETTERS)),
     }
     ids, targets = (jax.random.randint(key, (m, 2, LENGTH), 0, LETTERS) for key in keys[3:])
-    ran = execute(plan, MODEL, weights, outer, ids, targets)
+    group = 2 if (plan.kind == Op.AG).any() else 1
+    ran = execute(plan, MODEL, weights, outer, ids, targets, group=group)
     loss, grads = jax.jit(jax.value_and_grad(MODEL.loss, (0, 1)))(weights, outer, ids, targets)
     pairs = zip(jax.tree.leaves((ran.loss, ran.grads)), jax.tree.leaves((loss, grads)), strict=True)
     worst = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)

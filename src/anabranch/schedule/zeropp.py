@@ -13,7 +13,8 @@ after block, with B, F and W staggered so that a unit of 2p - 1 leaves no bubble
     7 0.0 14.0 60
 
 Bubbles are n max(0, 2p - 1 - U) passes for n units, activations V U of a block, and what is gathered and scattered
-falls as 1 / U. No code of the authors is known: the priorities are a reconstruction that has these figures.
+falls as 1 / U. `execute` runs it with the weights of each block sharded over a group. No code of the authors is known:
+the priorities are a reconstruction that has these figures.
 """
 
 from collections.abc import Iterator
