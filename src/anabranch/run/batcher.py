@@ -46,6 +46,7 @@ class Batcher:
         budget: events in a batch at most.
         queue: events that may wait; `per_stream` and `per_tenant`: those of one stream, of one tenant.
         deadline: seconds within which an event should be answered, unless it says otherwise.
+        record: keep what came and what was decided, in `came` and `decisions`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Batcher:
         per_stream: int,
         per_tenant: int | None,
         deadline: float,
+        record: bool = False,
     ):
         self.live, self.policy, self.metrics = live, policy, metrics
         self.budget, self.queue, self.per_stream, self.per_tenant = budget, queue, per_stream, per_tenant
@@ -74,6 +76,11 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._open = True
         self.failure: BaseException | None = None
+        self.record = record
+        self.came: list[tuple[float, Hashable, int, float, str]] = []
+        """When events came, of which stream and how many, by when they should be answered, and whose they are."""
+        self.decisions: list[tuple[float, dict[Hashable, int]]] = []
+        """When the policy was asked, and how many events of which streams it took."""
 
     def submit(
         self, stream: Hashable, tenant: str, events: list[Any], *, deadline: float | None = None
@@ -99,6 +106,8 @@ class Batcher:
         answered = asyncio.get_running_loop().create_future()
         request = Request(stream, tenant, events, now, now + (deadline or self.deadline), answered)
         self._streams.setdefault(stream, deque()).append(request)
+        if self.record:
+            self.came.append((now, stream, n, request.deadline, tenant))
         self._counts[stream], self._tenants[tenant] = mine + n, theirs + n
         self.waiting += n
         self._come.set()
@@ -135,6 +144,9 @@ class Batcher:
                     continue
                 streams, view = self._view()
                 state, batch = act(state, view)
+                if self.record:
+                    taken_of = zip(streams, batch.take.tolist())
+                    self.decisions.append((view.now, {stream: count for stream, count in taken_of if count}))
                 if not batch.take.any():
                     self._come.clear()
                     await _within(self._come, max(0.0, (batch.timer or view.now + 0.001) - view.now))
