@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from anabranch import data, noise
 from anabranch.claim import Comparison, Size
-from anabranch.fit import Backprop, epochs
+from anabranch.fit import Backprop, Epochs
 from anabranch.learn.division import Codec, Division, Linear, MaxPool2d, Packed, kept_bytes, linear_div
 from anabranch.models.resnet import Conv2d, ReLU, ResNet, cross_entropy
 
@@ -197,7 +197,7 @@ def measure(name: str, make: Any, steps: int, size: Size) -> list[Comparison]:
     for seed in size.seeds(4):
         key = jax.random.PRNGKey(FIRST_SEED + seed)
         learned, tested = digits(FIRST_SEED + seed, *rows)
-        batch, fresh = jax.jit(epochs(learned, BATCH, noise(key, 0, "rows"))), make(key)
+        batch, fresh = eqx.filter_jit(Epochs(learned, BATCH, noise(key, 0, "rows"))), make(key)
         for way, found in rates.items():
             arrays = eqx.filter(fresh, eqx.is_array)
             opt = ADAM.init(arrays)

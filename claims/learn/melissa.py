@@ -14,7 +14,7 @@ import optax
 
 from anabranch import noise
 from anabranch.claim import Comparison, Size
-from anabranch.fit import epochs
+from anabranch.fit import Epochs
 from anabranch.learn.melissa import (
     Fifo,
     Firo,
@@ -45,7 +45,7 @@ def simulate(ensemble, steps, key):
 @eqx.filter_jit
 def offline(learner, x, u, batches, key):
     """The learner after so many shuffled batches of what is stored."""
-    batch, valid = epochs((x, u), BATCH, key), jnp.ones(BATCH)
+    batch, valid = Epochs((x, u), BATCH, key), jnp.ones(BATCH)
 
     def step(i, state):
         x, u = batch(key, i)

@@ -31,7 +31,7 @@ import psutil
 
 from anabranch import data
 from anabranch.claim import Comparison, Size
-from anabranch.fit import Backprop, epochs, fit
+from anabranch.fit import Backprop, Epochs, fit
 from anabranch.learn.streambp import StreamBP, chunked_xent, next_tokens, prefix_attention
 from anabranch.models.llama import Block, Config, Llama
 from anabranch.models.weights import smollm2
@@ -155,7 +155,7 @@ def curves(seed: int, steps: int, length: int, names: tuple[str, ...]) -> list[f
     path = data.root() / "text" / "tinyshakespeare.txt"
     characters, tokens = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
     rows = tokens[: len(tokens) // length * length].reshape(-1, length).astype(np.int32)
-    batches = epochs(
+    batches = Epochs(
         (rows, np.asarray(next_tokens(jnp.asarray(rows)))), max(1, 256 // length), jax.random.PRNGKey(seed)
     )
     config = Config(vocab=len(characters), width=256, layers=4, heads=4, kv_heads=2, hidden=512)

@@ -26,7 +26,7 @@ import optax
 from anabranch import data, noise
 from anabranch.cell import select
 from anabranch.claim import Comparison, Size
-from anabranch.fit import epochs
+from anabranch.fit import Epochs
 from anabranch.learn.swats import swats
 from anabranch.models import resnet
 
@@ -129,7 +129,7 @@ def fixed(adam, sgd, at: int) -> optax.GradientTransformation:
 @eqx.filter_jit
 def train(loss, optimizer, rate, steps, model, rows, key):
     """The model after so many steps on batches of 16, the last quarter at a tenth of the rate, and the state."""
-    batch = epochs(rows, 16, noise(key, 0, "rows"))
+    batch = Epochs(rows, 16, noise(key, 0, "rows"))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def step(i, carry):

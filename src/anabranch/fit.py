@@ -113,7 +113,7 @@ def fit(
             at each step.
         model: any pytree; its floating-point arrays train, whatever else it holds is left alone.
         data: `batch(key, i) -> batch`, traced; or arrays with a common leading axis, of which `batch_size` rows are
-            drawn with replacement at each step (all rows, in order, without `batch_size`). `epochs` makes a function
+            drawn with replacement at each step (all rows, in order, without `batch_size`). `Epochs` is such a function
             that goes through arrays in shuffled passes.
         optimizer: for a single loss; parts have their own.
         steps: how many.
@@ -184,29 +184,35 @@ def fit(
     )
 
 
-def epochs(arrays: PyTree, batch_size: int, key: PRNGKeyArray) -> Callable[[PRNGKeyArray, Array], Any]:
+class Epochs(eqx.Module):
     """Batches that go through the rows of arrays again and again, shuffled anew for each pass.
 
     The rows that are left at the end of a pass, too few for a batch, are passed over in it.
 
-        >>> batch = epochs(jnp.arange(6), 2, jax.random.PRNGKey(0))
+        >>> batch = Epochs(jnp.arange(6), 2, jax.random.PRNGKey(0))
         >>> sorted(int(x) for i in range(3) for x in batch(jax.random.PRNGKey(1), i))
         [0, 1, 2, 3, 4, 5]
 
     Raises:
         ValueError: if there are fewer rows than `batch_size`.
     """
-    rows = len(jax.tree.leaves(arrays)[0])
-    if not 0 < batch_size <= rows:
-        raise ValueError(f"batch_size must be between 1 and the number of rows, {rows}, got {batch_size}")
-    arrays, passes = jax.tree.map(jnp.asarray, arrays), rows // batch_size
 
-    def batch(_: PRNGKeyArray, i: Array) -> Any:
-        order = jax.random.permutation(noise(key, i // passes, "epoch"), rows)
-        mine = jax.lax.dynamic_slice_in_dim(order, i % passes * batch_size, batch_size)
-        return jax.tree.map(lambda x: x[mine], arrays)
+    arrays: PyTree
+    batch_size: int = eqx.field(static=True)
+    key: PRNGKeyArray
 
-    return batch
+    def __init__(self, arrays: PyTree, batch_size: int, key: PRNGKeyArray):
+        rows = len(jax.tree.leaves(arrays)[0])
+        if not 0 < batch_size <= rows:
+            raise ValueError(f"batch_size must be between 1 and the number of rows, {rows}, got {batch_size}")
+        self.arrays, self.batch_size, self.key = jax.tree.map(jnp.asarray, arrays), batch_size, key
+
+    def __call__(self, _: PRNGKeyArray, i: Array) -> Any:
+        rows = len(jax.tree.leaves(self.arrays)[0])
+        passes = rows // self.batch_size
+        order = jax.random.permutation(noise(self.key, i // passes, "epoch"), rows)
+        mine = jax.lax.dynamic_slice_in_dim(order, i % passes * self.batch_size, self.batch_size)
+        return jax.tree.map(lambda x: x[mine], self.arrays)
 
 
 def _is_none(x: Any) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from anabranch import Event, Maybe
 from anabranch.contract import check
-from anabranch.fit import Backprop, epochs, fit
+from anabranch.fit import Backprop, Epochs, fit
 from anabranch.learn.base import Sgd, cross_entropy
 
 KEY = jax.random.PRNGKey(0)
@@ -61,7 +61,7 @@ def test_fit_takes_a_gradient_by_any_way(stream, model):
             value, grads = super().value_and_grad(model, batch, key)
             return value, jax.tree.map(lambda g: g / 2, grads)
 
-    batch = epochs((stream.x, stream.target.value), 8, KEY)
+    batch = Epochs((stream.x, stream.target.value), 8, KEY)
     fits = [fit(way, model, batch, optax.sgd(rate), 20, key=KEY, where=lambda m: m.layers[0])[0] for way, rate in
             ((cross_entropy, 0.1), (Backprop(cross_entropy), 0.1), (Half(cross_entropy), 0.2))]  # fmt: skip
     for other in fits[1:]:
