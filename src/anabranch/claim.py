@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -214,7 +215,11 @@ def run(slug: str, smoke: bool = False, full: bool = False) -> dict[str, Any]:
 def _write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    text = re.sub(
+        r'\[\s+([^][{}"]*?)\s+\]', lambda found: "[" + " ".join(found[1].split()) + "]", text
+    )  # a list a line
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
