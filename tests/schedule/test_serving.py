@@ -211,3 +211,15 @@ def test_a_real_trace(data):
     assert len(load) == 19_366 and 5.4 < len(load) / load.arrival[-1] < 5.6
     assert np.percentile(load.prompt, 50) == 1020 and np.percentile(load.output, 90) == 424
     assert Workload.azure("code").scale(5.0).arrival[-1] == pytest.approx(8819 / 5)
+
+
+def test_devices_that_share_a_layer_add_up_twice_in_each():
+    spec, device = MODELS["llama-3-70b"], DEVICES["h100"]
+    one, four = Roofline(spec, device), Roofline(spec, device, devices=4)
+    work = Work(decode=np.full(16, 1000))
+    by_hand = 2 * 80 * (10e-6 + 2 * 3 / 4 * 16 * 8192 * 2 / 450e9)
+    assert four.summing(work) == pytest.approx(by_hand) and one.summing(work) == 0
+    fixed = device.launch * spec.layers
+    assert four.iteration(work) == pytest.approx((one.iteration(work) - fixed) / 4 + fixed + by_hand)
+    half = Work(np.array([512]), np.array([0]), layers=0.5)
+    assert four.summing(half) == pytest.approx(2 * 80 * (5e-6 + 2 * 3 / 4 * 256 * 8192 * 2 / 450e9))

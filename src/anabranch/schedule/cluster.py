@@ -8,7 +8,6 @@
 Units: seconds, bytes, floating-point operations, tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,6 +50,10 @@ class Device:
     """Of `flops`, and of `bandwidth`."""
     drawing: float = 0.4
     """The share of its units that can draw all of the bandwidth; fewer draw in proportion."""
+    link: float = 300e9
+    """To the devices that share a layer with it, bytes a second each way."""
+    hop: float = 10e-6
+    """Fixed time of adding up over them."""
 
 
 DEVICES = {
@@ -58,8 +61,8 @@ DEVICES = {
     for one in (
         Device("a100-40g", 312e12, 1.555e12, 40e9),
         Device("a100-80g", 312e12, 2.039e12, 80e9),
-        Device("a40", 149.7e12, 0.696e12, 48e9),
-        Device("h100", 989e12, 3.35e12, 80e9),
+        Device("a40", 149.7e12, 0.696e12, 48e9, link=32e9),
+        Device("h100", 989e12, 3.35e12, 80e9, link=450e9),
     )
 }
 
@@ -146,18 +149,13 @@ def side_by_side(cost: Any, works: list[Work]) -> list[float]:
 class Roofline:
     """Time by the larger of arithmetic and memory traffic, of a model spread over `devices` by tensor parallelism.
 
-    Arguments:
-        devices: that share every layer; at every doubling of them, `scaling` of their speed is kept.
+    Devices that share every layer add up what they have computed twice in each, in rings: a device sends and receives
+    2 (n - 1) / n of the activations, and nothing is computed meanwhile.
     """
 
     spec: LMSpec
     device: Device
     devices: int = 1
-    scaling: float = 0.9
-
-    @property
-    def _speed(self) -> float:
-        return self.devices * self.scaling ** math.log2(self.devices)
 
     @property
     def kv_bytes(self) -> int:
@@ -185,7 +183,7 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        return float(self._seconds(work.share, *self._parts(work, float(work.decode.sum()))))
+        return float(self._seconds(work, *self._parts(work, float(work.decode.sum()))))
 
     def traffic(self, work: Work) -> float:
         """Seconds for which an iteration needs all of the memory's bandwidth."""
@@ -193,12 +191,21 @@ class Roofline:
 
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""
-        total = float(decode.sum()) + len(decode) * np.arange(k)
-        return np.asarray(self._seconds(1.0, *self._parts(Work(decode=decode), total)))
+        total, work = float(decode.sum()) + len(decode) * np.arange(k), Work(decode=decode)
+        return np.asarray(self._seconds(work, *self._parts(work, total)))
 
-    def _seconds(self, share: float, compute, memory):
-        drawn = min(1.0, share / self.device.drawing)
-        return np.maximum(compute / share, memory / drawn) + self.device.launch * self.spec.layers
+    def _seconds(self, work: Work, compute, memory):
+        drawn = min(1.0, work.share / self.device.drawing)
+        fixed = self.device.launch * self.spec.layers + self.summing(work)
+        return np.maximum(compute / work.share, memory / drawn) + fixed
+
+    def summing(self, work: Work) -> float:
+        """Seconds in which devices add up what each has computed."""
+        if self.devices == 1:
+            return 0.0
+        prompts, decodes, spec = work.layers * float(work.chunk.sum()), len(work.decode), self.spec
+        sent = 2 * (self.devices - 1) / self.devices * (prompts + decodes) * spec.d * spec.bytes / self.device.link
+        return 2 * spec.layers * (self.device.hop * (1.0 if decodes else work.layers) + sent)
 
     def _parts(self, work: Work, decoded):
         """Seconds of arithmetic on all units and of traffic at all bandwidth, with so many tokens in the
@@ -212,9 +219,9 @@ class Roofline:
         flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
         flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
         kv = spec.kv_bytes * (work.layers * (before + tokens) + decoded + n)
-        reached, speed = self.device.reached, self._speed
-        compute = flops / (reached[0] * self.device.flops * speed)
-        memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * speed)
+        reached, n = self.device.reached, self.devices
+        compute = flops / (reached[0] * self.device.flops * n)
+        memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * n)
         return compute, memory
 
 
