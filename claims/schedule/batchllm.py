@@ -186,7 +186,7 @@ def real(smoke: bool) -> Comparison:
     @partial(jax.jit, donate_argnums=1)
     def together(model, memory, tokens, positions):
         h, memory = model.run_layers(model.embedding[tokens], memory, positions)
-        return memory, model.logits(h, positions)
+        return memory, model.logits(h)
 
     seconds: dict[str, list[float]] = {"alone": [], "together": []}
     worst = 0.0

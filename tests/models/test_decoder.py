@@ -75,7 +75,7 @@ def test_layers_may_be_run_in_parts(cell):
     @eqx.filter_jit
     def in_parts(cell):
         h, memory = cell.run_layers(cell.embedding[TOKENS], cell.init().memory, positions, 0, 2)
-        return cell.logits(cell.run_layers(h, memory, positions, 2)[0], positions)
+        return cell.logits(cell.run_layers(h, memory, positions, 2)[0])
 
     np.testing.assert_allclose(in_parts(cell), advance(cell, cell.init(), TOKENS)[1], atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_texts_that_share_a_prefix_read_it_once_and_say_the_same(llama, cell):
     @jax.jit
     def step(memory, tokens, positions):
         h, memory = cell.run_layers(cell.embedding[tokens], memory, positions)
-        return memory, cell.logits(h, positions)
+        return memory, cell.logits(h)
 
     for t in range(2):
         memory, logits = step(memory, rest[:, t], jnp.full(3, 9 + t))

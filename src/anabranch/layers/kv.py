@@ -1,14 +1,19 @@
 """The keys and values that attention remembers, in slots.
 
 A layer's memory takes the queries, keys and values of the next tokens and gives what each token takes from all that it
-may see. Keys are stored rotated (RoPE) by their position; to move one, rotate it by the difference.
+may see: `extend(q, k, v, positions, rotate)`. It also says at which positions they are: `rotate(x, positions)` turns
+queries and keys (RoPE). Here a token stays where it was, and keys are stored turned; `keep/memory.py` has memories that
+forget.
 
     >>> memory = KV.empty(heads=2, size=8, width=4)
     >>> q, kv = jnp.ones((3, 4, 4)), jnp.ones((3, 2, 4))
-    >>> o, memory = memory.extend(q, kv, kv, jnp.arange(3))
+    >>> o, memory = memory.extend(q, kv, kv, jnp.arange(3), lambda x, positions: x)
     >>> o.shape, float(memory.k.sum())
     ((3, 16), 24.0)
 """
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import equinox as eqx
 import jax
@@ -16,6 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anabranch.layers.attention import attend, grouped_attention
+
+Rotate = Callable[[Float[Array, "T n D"], Int[Array, " T"]], Float[Array, "T n D"]]
 
 
 class KV(eqx.Module):
@@ -35,14 +42,30 @@ class KV(eqx.Module):
         k: Float[Array, "T kv D"],
         v: Float[Array, "T kv D"],
         positions: Int[Array, " T"],
+        rotate: Rotate,
     ) -> tuple[Float[Array, "T heads*D"], "KV"]:
-        """Write T tokens, and attend from each to itself and those before it. Positions past the end are not written.
+        """Write T tokens, and attend from each to itself and those before it.
 
-        Slots past a token are never read before they are written again, so that to roll back is to go on from an
-        earlier position.
+        Positions past the end are not written, and what they attend to is NaN. Slots past a token are never read before
+        they are written again, so that to roll back is to go on from an earlier position.
         """
+        q, k = rotate(q, positions), rotate(k, positions)
         new = KV(*(old.at[:, positions].set(x.swapaxes(0, 1), mode="drop") for old, x in ((self.k, k), (self.v, v))))
-        return attend(q, new.k, new.v, jnp.arange(new.k.shape[1]) <= positions[:, None]), new
+        o = attend(q, new.k, new.v, jnp.arange(new.k.shape[1]) <= positions[:, None])
+        return _within(o, positions, new.k), new
+
+
+class Room(eqx.Module):
+    """Makes memories with room for `size` tokens."""
+
+    size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+    def empty(self, heads: int, width: int) -> KV:
+        return KV.empty(heads, self.size, width)
 
 
 class Rows(eqx.Module):
@@ -57,13 +80,14 @@ class Rows(eqx.Module):
         k: Float[Array, "R kv D"],
         v: Float[Array, "R kv D"],
         positions: Int[Array, " R"],
+        rotate: Rotate,
         stream: Int[Array, " R"],
     ) -> tuple[Float[Array, "R heads*D"], "Rows"]:
         """One token each of R different streams; a stream of N or more is none, and is not written."""
-        new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
+        q, new = rotate(q, positions), self._written(rotate(k, positions), v, positions, stream)
         visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
         one = lambda q, k, v, visible: attend(q[None], k, v, visible[None])[0]
-        return jax.vmap(one)(q, new.k[stream], new.v[stream], visible), new
+        return _within(jax.vmap(one)(q, new.k[stream], new.v[stream], visible), positions, new.k), new
 
     def fill(
         self,
@@ -71,12 +95,16 @@ class Rows(eqx.Module):
         k: Float[Array, "T kv D"],
         v: Float[Array, "T kv D"],
         positions: Int[Array, " T"],
+        rotate: Rotate,
         stream: Int[Array, ""],
     ) -> tuple[Float[Array, "T heads*D"], "Rows"]:
         """T tokens of one stream, as `KV.extend`."""
-        new = Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
+        q, new = rotate(q, positions), self._written(rotate(k, positions), v, positions, stream)
         visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
-        return attend(q, new.k[stream], new.v[stream], visible), new
+        return _within(attend(q, new.k[stream], new.v[stream], visible), positions, new.k), new
+
+    def _written(self, k: Array, v: Array, positions: Array, stream: Array) -> "Rows":
+        return Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))
 
 
 class Grouped(eqx.Module):
@@ -93,11 +121,25 @@ class Grouped(eqx.Module):
         k: Float[Array, "G kv D"],
         v: Float[Array, "G kv D"],
         positions: Int[Array, " G"],
+        rotate: Rotate,
     ) -> tuple[Float[Array, "G heads*D"], "Grouped"]:
         """One token each; positions count from the beginning of the prefix."""
         G, P = len(q), self.prefix.k.shape[1]
-        at = jnp.arange(G), slice(None), positions - P
-        own = Rows(self.own.k.at[at].set(k, mode="drop"), self.own.v.at[at].set(v, mode="drop"))
+        q, own = rotate(q, positions), self.own._written(rotate(k, positions), v, positions - P, jnp.arange(G))
         turn = lambda memory: (memory.k.swapaxes(-3, -2), memory.v.swapaxes(-3, -2))
         there = jnp.arange(own.k.shape[2]) <= (positions - P)[:, None]
-        return grouped_attention(q, turn(self.prefix), turn(own), there).reshape(G, -1), Grouped(self.prefix, own)
+        o = grouped_attention(q, turn(self.prefix), turn(own), there).reshape(G, -1)
+        return _within(o, positions - P, own.k), Grouped(self.prefix, own)
+
+
+def _within(o: Float[Array, "T n"], positions: Int[Array, " T"], k: Float[Array, "*kv S D"]) -> Float[Array, "T n"]:
+    """NaN for tokens that found no room."""
+    return jnp.where((positions < k.shape[-2])[:, None], o, jnp.nan)
+
+
+class Keeper(Protocol):
+    """Makes the memories of a stream."""
+
+    def empty(self, heads: int, width: int) -> Any:
+        """The memory of one layer, of `heads` keys and values of `width` numbers."""
+        ...

@@ -36,7 +36,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from anabranch.cell import Cell, noise
-from anabranch.layers.kv import KV, Rows
+from anabranch.layers.kv import Keeper, Room, Rows
 from anabranch.layers.linear import Int8Linear, Linear, quantise
 
 
@@ -235,12 +235,12 @@ class Layer(eqx.Module):
         )  # fmt: skip
 
     def __call__(self, h: Float[Array, "T d"], positions: Int[Array, " T"], extend: Any) -> tuple[Array, Any]:
-        """The output of the layer for tokens at these positions; `extend(q, k, v, positions) -> (attended, memory)`."""
+        """The output of the layer for tokens at these positions, and its memory: see `layers.kv` for `extend`."""
         config = self.config
         x = self.qkv(rms_norm(h, self.attention_norm, config.eps)).reshape(len(h), -1, config.head_width)
         q, k, v = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=1)
-        q, k = rope(q, positions, config.frequencies), rope(k, positions, config.frequencies)
-        attended, memory = extend(q, k, v, positions)
+        rotate = lambda x, at: rope(x, at, config.frequencies)
+        attended, memory = extend(q, k, v, positions, rotate)
         h = h + self.out(attended)
         gate, up = jnp.split(self.gate_up(rms_norm(h, self.mlp_norm, config.eps)), 2, -1)
         return h + self.down(jax.nn.silu(gate) * up), memory
@@ -249,8 +249,8 @@ class Layer(eqx.Module):
 class Session(NamedTuple):
     """One text so far."""
 
-    memory: tuple[KV, ...]
-    """Of each layer."""
+    memory: tuple[Any, ...]
+    """Of each layer; see `layers.kv`."""
     length: Int[Array, ""]
     """Tokens in it."""
 
@@ -258,8 +258,9 @@ class Session(NamedTuple):
 class Decoder(Cell):
     """A language model on a stream of tokens i32[]: the logits f32[vocab] of the next one.
 
-    State: `Session`, keys and values of at most `size` tokens in each layer. Logits of tokens that find no room are
-    NaN. To roll back, set `length` to an earlier one. Many sessions are `jax.vmap`; those that take turns, `rows`.
+    State: `Session`. By default keys and values of at most `size` tokens in each layer; logits of tokens that find no
+    room are NaN, and to roll back is to set `length` to an earlier one. Or a memory that forgets: `keep.memory`. Many
+    sessions are `jax.vmap`; those that take turns, `rows`.
 
     Raises:
         ValueError: if `size` is not positive.
@@ -269,21 +270,31 @@ class Decoder(Cell):
     layers: tuple[Layer, ...]
     norm: Float[Array, " d"]
     head: Linear | Int8Linear
+    keep: Keeper
     config: Config = eqx.field(static=True)
-    size: int = eqx.field(static=True)
 
-    def __init__(self, model: Llama, size: int):
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+    def __init__(self, model: Llama, size: int = 0, *, keep: Keeper | None = None):
+        self.keep = Room(size) if keep is None else keep
         blocks = [jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers)]
         self.layers = tuple(Layer.of(block) for block in blocks)
         self.embedding, self.norm, self.head = model.embedding, model.norm, Linear(model.head.T)
-        self.config, self.size = model.config, size
+        self.config = model.config
+
+    @property
+    def size(self) -> int:
+        """Tokens for which there is room.
+
+        Raises:
+            AttributeError: if its memory forgets, so that there is always room.
+        """
+        if not isinstance(self.keep, Room):
+            raise AttributeError(f"the memory of this model is {type(self.keep).__name__}, which has no size")
+        return self.keep.size
 
     def init(self, *, key: PRNGKeyArray | None = None) -> Session:
         config = self.config
-        empty = lambda: KV.empty(config.kv_heads, self.size, config.head_width)
-        return Session(tuple(empty() for _ in self.layers), jnp.zeros((), jnp.int32))
+        memory = tuple(self.keep.empty(config.kv_heads, config.head_width) for _ in self.layers)
+        return Session(memory, jnp.zeros((), jnp.int32))
 
     def step(self, state: Session, x: Int[Array, ""]) -> tuple[Session, Float[Array, " vocab"]]:
         state, logits = self.advance(state, x[None])
@@ -292,7 +303,7 @@ class Decoder(Cell):
     def advance(self, state: Session, xs: Int[Array, " T"]) -> tuple[Session, Float[Array, "T vocab"]]:
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
-        return Session(memory, state.length + len(xs)), self.logits(h, positions)
+        return Session(memory, state.length + len(xs)), self.logits(h)
 
     def prefill(
         self, state: Session, xs: Int[Array, " T"], n: Int[Array, ""]
@@ -300,8 +311,7 @@ class Decoder(Cell):
         """Take the first n of T tokens, and give the logits after the last of them only."""
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
-        last = lambda a: lax.dynamic_slice_in_dim(a, n - 1, 1)
-        return Session(memory, state.length + n), self.logits(last(h), last(positions))[0]
+        return Session(memory, state.length + n), self.logits(lax.dynamic_slice_in_dim(h, n - 1, 1))[0]
 
     def run_layers(
         self,
@@ -317,10 +327,9 @@ class Decoder(Cell):
             h, new[i] = self.layers[i](h, positions, memory[i].extend)
         return h, tuple(new)
 
-    def logits(self, h: Float[Array, "T d"], positions: Int[Array, " T"]) -> Float[Array, "T vocab"]:
+    def logits(self, h: Float[Array, "T d"]) -> Float[Array, "T vocab"]:
         """What comes out of the last layer, as logits."""
-        logits = self.head(rms_norm(h, self.norm, self.config.eps))
-        return jnp.where((positions < self.size)[:, None], logits, jnp.nan)
+        return self.head(rms_norm(h, self.norm, self.config.eps))
 
     def rows(
         self,
@@ -332,8 +341,8 @@ class Decoder(Cell):
         """One token each for R of N streams whose memories are kept together; a stream of N or more is none."""
         h, new = self.embedding[xs], list(memory)
         for i, layer in enumerate(self.layers):
-            h, new[i] = layer(h, positions, lambda q, k, v, at, i=i: memory[i].extend(q, k, v, at, stream))
-        return tuple(new), self.logits(h, positions)
+            h, new[i] = layer(h, positions, lambda *asked, i=i: memory[i].extend(*asked, stream=stream))
+        return tuple(new), self.logits(h)
 
 
 def int8(model: Decoder) -> Decoder:

@@ -470,12 +470,12 @@ def _step(model: Decoder, memory, tokens, positions, streams, draw: Draw, how: s
 @partial(jax.jit, donate_argnums=1)
 def _layer(layer: Layer, memory: Rows, h, stream, start):
     positions = start + jnp.arange(len(h))
-    return layer(h, positions, lambda q, k, v, at: memory.fill(q, k, v, at, stream))
+    return layer(h, positions, lambda *asked: memory.fill(*asked, stream=stream))
 
 
 @partial(jax.jit, static_argnames="how")
 def _first(model: Decoder, h, at, draw: Draw, how: str):
-    return sample(model.logits(h[at][None], jnp.zeros(1, jnp.int32)), draw, how)
+    return sample(model.logits(h[at][None]), draw, how)
 
 
 @jax.jit

@@ -1,0 +1,245 @@
+"""What attention remembers when it cannot remember everything: memories of a fixed size, and what they keep.
+
+A `Keep` is a policy: it says which tokens stay when the memory of a layer is full. `Decoder(model, keep=H2O(256))`
+lives on a stream without end in bounded memory.
+
+    >>> keep = Sinks(budget=6, sinks=2, room=2)
+    >>> memory = keep.empty(heads=1, width=4)
+    >>> for t in range(10):
+    ...     x = jnp.ones((2, 1, 4))
+    ...     o, memory = memory.extend(x, x, x, 2 * t + jnp.arange(2), lambda x, positions: x)
+    >>> memory.position[0].tolist()  # the first two, and the last ones
+    [0, 1, 14, 15, 16, 17, 18, 19]
+
+Keys are stored unturned. Where `compact`, tokens that are kept close ranks: what is remembered is turned as a text of
+that length, so that positions never exceed the size of the memory, whatever the length of the stream (as attention
+sinks do); else a token keeps the position that it came at.
+
+Of the policies here `Window` and `Sinks` look at positions only, `KeyNorm` and `ValueNorm` at what is stored, and the
+others at how much attention a token got: for that, an extension adds up the attention of its queries.
+"""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from anabranch.branch import branch
+from anabranch.cell import noise
+from anabranch.layers.kv import Rotate
+
+
+class Held(eqx.Module):
+    """The memory of one layer and one stream: in each head the tokens that are kept are in front, oldest first."""
+
+    k: Float[Array, "kv S D"]
+    v: Float[Array, "kv S D"]
+    position: Int[Array, "kv S"]
+    """Where in the text each token was; -1 where the slot is empty."""
+    mass: Float[Array, "kv S"]
+    """The attention that it got from all queries so far."""
+    last: Float[Array, "kv S"]
+    """The attention that it got from those of the last extension."""
+    seen: Float[Array, "kv S"]
+    """How many queries could see it."""
+    keep: "Keep"
+
+    @property
+    def live(self) -> Int[Array, " kv"]:
+        """Tokens in each head."""
+        return (self.position >= 0).sum(-1).astype(jnp.int32)
+
+    def extend(
+        self,
+        q: Float[Array, "T heads D"],
+        k: Float[Array, "T kv D"],
+        v: Float[Array, "T kv D"],
+        positions: Int[Array, " T"],
+        rotate: Rotate,
+    ) -> tuple[Float[Array, "T heads*D"], "Held"]:
+        """Make room if there is none, write T tokens, and attend from each to what is kept and those before it.
+
+        Raises:
+            ValueError: if T tokens never have room.
+        """
+        (T, heads, D), (kv, S) = q.shape, self.position.shape
+        if T > S - self.keep.budget:
+            raise ValueError(f"a memory with room={self.keep.room} beside its budget takes no {T} tokens at once")
+        old = branch((self.live + T > S).any(), Held.compressed, lambda held: held, self)
+        begin = old.live
+        head, slot = jnp.arange(kv)[:, None], begin[:, None] + jnp.arange(T)
+        put = lambda array, x: array.at[head, slot].set(x)
+        zero = jnp.zeros((kv, T))
+        new = Held(
+            put(old.k, k.swapaxes(0, 1)), put(old.v, v.swapaxes(0, 1)), put(old.position, positions[None]),
+            put(old.mass, zero), put(old.last, zero), put(old.seen, zero), self.keep,
+        )  # fmt: skip
+        turned, asked = new._turned(q.reshape(T, kv, -1, D), begin, positions, rotate)
+        score = jnp.einsum("ktgd,ksd->ktgs", asked, turned) * D**-0.5
+        visible = jnp.arange(S) <= slot[..., None]  # (kv, T, S): tokens are in the order of their slots
+        share = jax.nn.softmax(jnp.where(visible[:, :, None], score, -jnp.inf))
+        o = jnp.einsum("ktgs,ksd->tkgd", share, new.v).reshape(T, heads * D)
+        if not self.keep.watches:
+            return o, new
+        got = share.sum((1, 2))
+        return o, eqx.tree_at(
+            lambda held: (held.mass, held.last, held.seen), new, (new.mass + got, got, new.seen + visible.sum(1))
+        )
+
+    def _turned(
+        self, q: Float[Array, "T kv g D"], begin: Int[Array, " kv"], positions: Int[Array, " T"], rotate: Rotate
+    ) -> tuple[Float[Array, "kv S D"], Float[Array, "kv T g D"]]:
+        """Keys and queries, turned to where they stand."""
+        if self.keep.compact:
+            keys = rotate(self.k.swapaxes(0, 1), jnp.arange(self.k.shape[1])).swapaxes(0, 1)
+            at = begin[:, None] + jnp.arange(len(q))
+        else:
+            keys = jax.vmap(lambda k, at: rotate(k[:, None], at)[:, 0])(self.k, self.position)
+            at = jnp.broadcast_to(positions, (len(begin), len(q)))
+        return keys, jax.vmap(rotate)(q.swapaxes(0, 1), at)
+
+    def compressed(self) -> "Held":
+        """With the `budget` tokens of each head that the policy keeps."""
+        there, protected = self.position >= 0, self.keep.protect(self)
+        rank = jnp.where(there, jnp.where(protected, jnp.inf, self.keep.score(self)), -jnp.inf)
+        # The newer of equals stays; those that stay keep their order.
+        newest = jnp.flip(jnp.argsort(rank, axis=-1, stable=True), -1)[:, : self.keep.budget]
+        stay = jnp.sort(newest, axis=-1)
+        empty = ((0, 0), (0, self.position.shape[1] - self.keep.budget))
+
+        def kept(array: Array, fill: float) -> Array:
+            some = jnp.take_along_axis(array, stay.reshape(*stay.shape, *[1] * (array.ndim - 2)), 1)
+            return jnp.pad(some, (*empty, *[(0, 0)] * (array.ndim - 2)), constant_values=fill)
+
+        position = kept(self.position, -1)
+        mass, last, seen = (kept(array, 0) for array in (self.mass, self.last, self.seen))
+        return Held(kept(self.k, 0), kept(self.v, 0), position, mass, last, seen, self.keep)
+
+
+class Keep(eqx.Module):
+    """Which tokens a memory keeps: subclasses give `score`, and what they `protect`.
+
+    Args:
+        budget: tokens that stay when there is no room left.
+        room: slots beside that, for what comes; as many tokens can come at once. The more, the less often is chosen.
+        compact: whether tokens that stay close ranks.
+
+    Raises:
+        ValueError: if budget or room is not positive.
+    """
+
+    watches: ClassVar[bool] = True
+    """Whether it looks at attention, which has to be added up for it."""
+
+    budget: int = eqx.field(static=True)
+    room: int = eqx.field(static=True, default=64, kw_only=True)
+    compact: bool = eqx.field(static=True, default=True, kw_only=True)
+
+    def __check_init__(self):
+        for name in ("budget", "room"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def empty(self, heads: int, width: int) -> Held:
+        """A memory of `heads` keys and values of `width` numbers."""
+        shape = heads, self.budget + self.room
+        zero = jnp.zeros(shape)
+        kv = jnp.zeros((*shape, width))
+        return Held(kv, kv, jnp.full(shape, -1, jnp.int32), zero, zero, zero, self)
+
+    def score(self, held: Held) -> Float[Array, "kv S"]:
+        """What each token is worth: the largest stay."""
+        raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `score`")
+
+    def protect(self, held: Held) -> Bool[Array, "kv S"]:
+        """Which tokens stay whatever they are worth."""
+        return jnp.zeros(held.position.shape, bool)
+
+    def recent(self, held: Held, n: int) -> Bool[Array, "kv S"]:
+        """The last n tokens."""
+        return jnp.arange(held.position.shape[1]) >= held.live[:, None] - n
+
+
+class Window(Keep):
+    """The last tokens."""
+
+    watches: ClassVar[bool] = False
+
+    def score(self, held):
+        return held.position.astype(jnp.float32)
+
+
+class Sinks(Window):
+    """The first tokens and the last ones (Xiao et al., "Efficient Streaming Language Models with Attention Sinks")."""
+
+    sinks: int = eqx.field(static=True, default=4)
+
+    def protect(self, held):
+        return held.position < self.sinks
+
+
+class H2O(Keep):
+    """Those with most attention from all queries so far, and the last ones (Zhang et al., "H2O: Heavy-Hitter Oracle").
+
+    With `fair`, attention for each query that could see a token: else the old ones have had more time to gather it.
+    """
+
+    last: int = eqx.field(static=True, default=32)
+    fair: bool = eqx.field(static=True, default=False)
+
+    def score(self, held):
+        return held.mass / jnp.maximum(held.seen, 1.0) if self.fair else held.mass
+
+    def protect(self, held):
+        return self.recent(held, self.last)
+
+
+class SnapKV(Keep):
+    """Those with most attention from the last tokens that came together, and these (Li et al., "SnapKV").
+
+    Attention is averaged over `pool` neighbours, so that what stands beside something important stays with it. Where
+    tokens come one by one, this is TOVA of Oren et al. but for the pooling.
+    """
+
+    window: int = eqx.field(static=True, default=32)
+    pool: int = eqx.field(static=True, default=5)
+
+    def score(self, held):
+        half = self.pool // 2
+        padded = jnp.pad(held.last, ((0, 0), (half, half)))
+        size = held.last.shape[1]
+        return jnp.stack([padded[:, i : i + size] for i in range(2 * half + 1)]).mean(0)
+
+    def protect(self, held):
+        return self.recent(held, self.window)
+
+
+class KeyNorm(Keep):
+    """Those with the shortest keys (Devoto et al., "A Simple and Effective L2 Norm-Based Strategy")."""
+
+    watches: ClassVar[bool] = False
+
+    def score(self, held):
+        return -jnp.linalg.norm(held.k, axis=-1)
+
+
+class ValueNorm(Keep):
+    """Those with the longest values."""
+
+    watches: ClassVar[bool] = False
+
+    def score(self, held):
+        return jnp.linalg.norm(held.v, axis=-1)
+
+
+class Random(Keep):
+    """Some, drawn when they come: a sample of all that has been."""
+
+    watches: ClassVar[bool] = False
+
+    def score(self, held):
+        key = jax.random.PRNGKey(0)
+        draw = lambda position: jax.random.uniform(noise(key, position, "keep"))
+        return jax.vmap(jax.vmap(draw))(held.position)
