@@ -86,10 +86,10 @@ def test_tower_by_hand():
 
 
 def test_king_by_hand():
-    """k = 3, ε = 1/2: all arms are sampled with ⌈4 ln 3⌉ = 5 pulls, and arm 1 breaks king 0, who has 8.8 pulls."""
-    batches, regret = trace(KingOfArms(3, 24.0), [0, 1, 0])
-    assert batches == [(0, 5), (1, 4), (1, 5), (1, 5), (2, 4), (1, 1)]
-    assert regret == 9
+    """k = 4, ε = 1/2: all arms are sampled with ⌈4 ln 4⌉ = 6 pulls, and arm 1 breaks king 0, who has 8.8 pulls."""
+    batches, regret = trace(KingOfArms(4, 32.0), [0, 1, 0, 0])
+    assert batches == [(0, 6), (1, 4), (1, 5), (1, 6), (2, 4), (2, 6), (1, 1)]
+    assert regret == 16
 
 
 def test_theory_pulls_both_for_each_comparison():
