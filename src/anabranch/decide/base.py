@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from anabranch.cell import Cell, Decision, Env, Feedback, Maybe, Policy, noise, select
@@ -328,6 +329,11 @@ class TraceEnv(Env):
 def earned(rewards: Float[Array, " k"], arm: Int[Array, ""]) -> Float[Array, ""]:
     """The reward of an arm; 0 for the arm -1, which is none."""
     return jnp.where(arm >= 0, rewards[jnp.maximum(arm, 0)], 0.0)
+
+
+def known(*values: PyTree) -> bool:
+    """Whether the values of these arrays can be checked now: they cannot while JAX traces."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def inputs(ticks: Tick | None) -> tuple[PyTree, Maybe]:

@@ -35,11 +35,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from anabranch.cell import Cell, Decision, Env, Feedback, Policy, noise, select
-from anabranch.decide.base import inputs
+from anabranch.decide.base import inputs, known
 from anabranch.drive import play
 
 DELTA = 0.1
@@ -92,7 +91,7 @@ class ArmStream(Env):
         self.means, self.horizon = jnp.asarray(means, jnp.float32), horizon
         if self.means.ndim != 1:
             raise ValueError(f"means must be one number per arm, got an array of shape {self.means.shape}")
-        if not isinstance(self.means, Tracer) and not ((self.means >= 0) & (self.means <= 1)).all():
+        if known(self.means) and not ((self.means >= 0) & (self.means <= 1)).all():
             raise ValueError(f"means must be in [0, 1], got {self.means.min():g} to {self.means.max():g}")
         _positive_horizon(horizon)
 
@@ -469,7 +468,7 @@ def _sure(unit: Float[Array, ""], k: int) -> Float[Array, ""]:
 
 
 def _positive_horizon(horizon: Float[Array, ""] | float):
-    if not isinstance(horizon, Tracer) and not horizon >= 1:
+    if known(horizon) and not horizon >= 1:
         raise ValueError(f"horizon must be at least one pull, got {horizon}")
 
 
