@@ -29,9 +29,9 @@ class Sum(NamedTuple):
     lost: Float[Array, "*n"]
 
     @classmethod
-    def of(cls, value: Float[Array, "*n"]) -> "Sum":
-        value = jnp.asarray(value, jnp.float32)
-        return cls(value, jnp.zeros_like(value))
+    def of(cls, value: Float[Array, "*n"] | float) -> "Sum":
+        start = jnp.asarray(value, jnp.float32)
+        return cls(start, jnp.zeros_like(start))
 
     def add(self, term: Float[Array, "*n"]) -> "Sum":
         term = term - self.lost
@@ -146,7 +146,8 @@ class BudgetedDice(Env):
     Arm 0 does nothing: it earns 0, and its costs are not drawn but the same in every round. `oracle` is `rewards`.
 
     Raises:
-        ValueError: if a reward is not in [0, 1], a cost not in [-1, 1], arm 0 earns or costs something, or shapes differ.
+        ValueError: if a reward is not in [0, 1] or a cost not in [-1, 1], if arm 0 earns or costs something, or if the
+            shapes do not fit.
     """
 
     rewards: Float[Array, " k"]

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from anabranch.cell import Decision, Feedback, Policy, select
 from anabranch.decide.base import inputs, known
@@ -116,17 +117,18 @@ class BwRK(Policy):
 
     def learn(self, state, x, decision, feedback):
         asked, lam, aux = decision.aux
-        reward, cost = self._clip(feedback.reward, feedback.cost)
+        earned, paid = jnp.asarray(feedback.reward), jnp.asarray(feedback.cost)
+        reward, cost = self._clip(earned, paid)
         info = {"range": 1 + 2 * lam.sum()}
         if "costs" in feedback.info:
             rewards, costs = self._clip(feedback.info["rewards"], feedback.info["costs"])
             info["rewards"] = rewards + (1 - costs) @ lam
         told = Feedback(reward + (1 - cost) @ lam, info=info)
         primal = self.primal.learn(state.primal, x, decision._replace(aux=aux), told)
-        outside = (reward != feedback.reward) | (cost != feedback.cost).any()
+        outside = (reward != earned) | (cost != paid).any()
         return BwRKState(
             primal=select(asked, primal, state.primal),
-            left=self.budget.pay(state.left, feedback.cost),
+            left=self.budget.pay(state.left, paid),
             lam=self.prices.ascend(state.lam, cost - self.budget.rho),
             clipped=state.clipped + outside,
         )
@@ -136,29 +138,32 @@ class BwRK(Policy):
 
 
 def token_bucket(
-    demand: Float[Array, " t"],
-    value: Float[Array, " t"],
-    refill: float,
-    shares: Float[Array, " k"] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    demand: ArrayLike, value: ArrayLike, refill: float, shares: ArrayLike = (0.0, 0.25, 0.5, 0.75, 1.0)
 ) -> tuple[BudgetedTrace, float]:
     """A world in which the action is the share of each round's demand that is served, and its void action's `beta`.
 
     Serving takes a token for each unit of demand, and `refill` tokens come in every round. Costs are in units of the
     largest demand less the refill, the most that a round can cost; rewards are served value in units of the largest.
-    The share 0 comes first. Which demand a round brings is known after it.
+    Which demand a round brings is known after it.
+
+    Arguments:
+        demand: tokens that serving all of each round would take, (T,).
+        value: what serving all of it is worth, (T,).
+        refill: tokens a round.
+        shares: the actions (k,), of which the first is 0, the void action.
 
     Raises:
         ValueError: if the demand never exceeds `refill` (there is nothing to decide), or `shares[0]` is not 0.
     """
-    demand, value, share = (np.asarray(a, np.float64) for a in (demand, value, shares))
-    unit = demand.max() - refill
+    tokens, worth, share = (np.asarray(a, np.float64) for a in (demand, value, shares))
+    unit = float(tokens.max()) - refill
     if not unit > 0:
         raise ValueError(f"demand never exceeds refill = {refill}: there is nothing to decide")
     if share[0] != 0:
         raise ValueError(f"shares[0] is the void action and must be 0, got {share[0]}")
     unit = max(unit, refill)
-    costs = (demand[:, None] * share - refill) / unit
-    world = BudgetedTrace(value[:, None] / value.max() * share, costs[:, :, None], reveal="full")
+    costs = (tokens[:, None] * share - refill) / unit
+    world = BudgetedTrace(worth[:, None] / worth.max() * share, costs[:, :, None], reveal="full")
     return world, refill / unit
 
 
