@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from anabranch.cell import Cell, Env, Feedback, noise
-from anabranch.decide.base import TraceEnv, earned, known
+from anabranch.decide.base import TraceEnv, known
 
 
 class Sum(NamedTuple):
@@ -179,6 +179,10 @@ class BudgetedDice(Env):
     def oracle(self, state):
         return self.rewards
 
+    def expected(self, state: DiceState, arm: Int[Array, ""]) -> Float[Array, ""]:
+        """The expected reward of an arm."""
+        return self.rewards[arm]
+
     def step(self, state, x):
         def roll(u, arm):
             costs = self.costs[arm]
@@ -198,7 +202,7 @@ class BudgetedDice(Env):
 class BudgetRegret(Cell):
     """Meter: by how much less was earned than `optimum` a round, which is the value of the fluid problem.
 
-    Given `env`, what was earned is taken in expectation under `env.oracle`, which leaves out the luck of the rewards.
+    Given `env`, what was earned is its `env.expected(state, action)`, which leaves out the luck of the rewards.
     """
 
     optimum: Float[Array, ""] | float
@@ -210,7 +214,7 @@ class BudgetRegret(Cell):
     def step(self, state, x):
         tick, world = x
         taken = tick.decision.action
-        reward = tick.feedback.reward if self.env is None else earned(self.env.oracle(world), taken)
+        reward = tick.feedback.reward if self.env is None else self.env.expected(world, taken)  # pyright: ignore
         state = state.add(self.optimum - reward)
         return state, state.value
 

@@ -33,6 +33,7 @@ class Hedge(Bandit):
     second-order bounds for prediction with expert advice (Machine Learning 66, 2007). In rounds of range 1 that is
     √(ln k / t). `decision.aux` is the rate.
 
+        >>> from anabranch.cell import Feedback
         >>> hedge, both = Hedge(2), jnp.ones(2, bool)
         >>> state, decision = hedge.act(hedge.init(), both)
         >>> state = hedge.learn(state, both, decision, Feedback(0.0, info={"rewards": jnp.array([0.0, 1.0])}))

@@ -38,3 +38,52 @@ def fluid(rewards: ArrayLike, costs: ArrayLike, rho: ArrayLike) -> Fluid:
     if found.status != 0:
         raise ValueError(f"no mixture of arms keeps to rho = {rho.tolist()}: {found.message}")
     return Fluid(-float(found.fun), found.x, -found.ineqlin.marginals)
+
+
+class Bidding(NamedTuple):
+    """The fluid optimum of bidding in first-price auctions."""
+
+    value: float
+    """Reward an auction."""
+    price: float
+    """λ at the optimum, ∂value / ∂rho."""
+
+
+def first_price(values: ArrayLike, bids: ArrayLike, chance: ArrayLike, rho: float) -> Bidding:
+    """The best way to bid: max E[(v - b(v)) G(b(v))] subject to E[b(v) G(b(v))] ≤ rho.
+
+    The dual, E[max_b (v - (1 + λ) b) G(b)] + λ rho, is minimised over λ; where bids may be mixed the two are equal.
+
+    Arguments:
+        values: equally likely values (n,): a sample, or quantiles.
+        bids: what may be bid (m,), ascending.
+        chance: the probability G that each bid wins (m,).
+        rho: what may be spent in an auction on average.
+
+        >>> quantiles = (np.arange(1000) + 0.5) / 1000
+        >>> best = first_price(quantiles, quantiles, quantiles, 1 / 48)  # all uniform: λ = 1/√(12 rho) - 1
+        >>> round(best.price, 2), round(best.value, 4)
+        (1.0, 0.0625)
+
+    Raises:
+        ValueError: if rho is not positive, or the shapes of bids and chance differ.
+    """
+    values, bids, chance = (np.asarray(a, np.float64) for a in (values, bids, chance))
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho}")
+    if bids.shape != chance.shape or bids.ndim != 1:
+        raise ValueError(f"each bid needs its chance, got shapes {bids.shape} and {chance.shape}")
+    gain, spend = values[:, None] * chance, bids * chance
+
+    def respond(price):
+        score = gain - (1 + price) * spend
+        best = score.argmax(1)
+        return score[np.arange(len(values)), best].mean() + price * rho, spend[best].mean()
+
+    low, high = 0.0, float(values.max() / rho)
+    if respond(0.0)[1] <= rho:
+        high = 0.0
+    for _ in range(40 if high else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if respond(middle)[1] > rho else (low, middle)
+    return Bidding(float(respond(high)[0]), high)

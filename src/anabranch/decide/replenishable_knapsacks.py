@@ -16,12 +16,13 @@ and the prices λ (m,). There is no public code; inferred are that prices move i
 chosen, and their step 1 / (ν√(mT)). The primal's rate follows the range 1 + 2 Σ λ of what it is told: the range that
 bounds it beforehand, 1 + 2/ν, is many times wider, and keeps exponential weights nearly still up to T = 10^5.
 
+    >>> from anabranch.decide.base import CumReward
+    >>> from anabranch.decide.optimum import fluid
     >>> world = BudgetedDice([0.0, 0.9, 0.3], [[-0.2], [0.9], [-0.1]])
     >>> policy = BwRK(Exp3(3), Budget([200.0], horizon=4000), beta=0.2)
-    >>> meters = {"earned": CumReward(), "spent": Spent(policy.budget)}
-    >>> result = play(policy, world, 4000, key=jax.random.PRNGKey(0), meters=meters, keep=False)
+    >>> result = play(policy, world, 4000, key=jax.random.PRNGKey(0), meters={"earned": CumReward()}, keep=False)
     >>> best = 4000 * fluid(world.rewards, world.costs, policy.budget.rho).value
-    >>> bool(result.scores["earned"] > 0.6 * best), bool(result.scores["spent"].lowest >= 0)
+    >>> bool(result.scores["earned"] > 0.6 * best), bool(result.state["policy"].left.value >= 0)
     (True, True)
 """
 
