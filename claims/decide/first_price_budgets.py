@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
+from jax.tree_util import Partial
 
 from anabranch import data
 from anabranch.claim import Comparison, Size
@@ -26,6 +27,8 @@ from anabranch.drive import play
 FIRST_SEED = 100  # those below were used while writing
 RHOS = (0.05, 0.1, 0.2)
 HORIZONS = (1000, 4000, 16_000, 64_000)
+QUANTILES = (np.arange(1000) + 0.5) / 1000
+"""Values that stand for all."""
 SHADES = np.linspace(0.05, 1.0, 39)
 
 
@@ -78,27 +81,28 @@ def keys(seeds) -> jax.Array:
 
 
 @eqx.filter_jit
-def synthetic(kind, reveal: str, horizon: int, rho, best, keys, share=None):
+def synthetic(kind, reveal: str, horizon: int, rho, worth, keys, share=None):
     """Of budgets (n,) and seeds: regret in expectation, reward, and the least that was left, (n, seeds) each."""
     world = FirstPriceDraws(uniform, lognormal, lognormal_chance, reveal=reveal)  # pyright: ignore
 
-    def one(rho, best, key):
+    def one(rho, worth, key):
+        best = Partial(jnp.interp, xp=jnp.asarray(QUANTILES, jnp.float32), fp=worth)
         budget = Budget(rho[None] * horizon, horizon)
         bidder = kind(budget, points(horizon), reveal, **({} if share is None else {"share": share}))
         meters = {"regret": BudgetRegret(best, world), "earned": CumReward(), "spent": Spent(budget)}
         scores = play(bidder, world, horizon, key=key, meters=meters, keep=False).scores
         return scores["regret"], scores["earned"], scores["spent"].lowest[0]
 
-    return jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))(rho, best, keys)
+    return jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))(rho, worth, keys)
 
 
 def drawn(size: Size) -> list[Comparison]:
     rhos = RHOS[1:2] if size.smoke else RHOS
     horizons = (200, 800) if size.smoke else HORIZONS
     chance = keys(size.seeds(32))
-    quantiles, grid = (np.arange(1000) + 0.5) / 1000, np.linspace(0, 1, 2001)
-    best = [first_price(quantiles, grid, np.asarray(lognormal_chance(grid)), rho) for rho in rhos]
-    budgets = jnp.array(rhos), jnp.array([b.value for b in best])
+    grid = np.linspace(0, 1, 2001)
+    best = [first_price(QUANTILES, grid, np.asarray(lognormal_chance(grid)), rho) for rho in rhos]
+    budgets = jnp.array(rhos), jnp.array([b.worth for b in best])
 
     def run(kind, reveal, horizon, share=None):
         regret, earned, lowest = synthetic(kind, reveal, horizon, *budgets, chance, share)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from anabranch.cell import Decision, Feedback, Maybe
 from anabranch.contract import check
@@ -33,7 +34,7 @@ def told(bidder, auctions, state=None):
 
 def test_best_response_to_uniform_bids_is_half_the_value_over_one_plus_lambda():
     bidder = FirstPriceBidder(Budget([10.0], 100), points=1001)
-    state = bidder.init()._replace(hits=1000 * bidder.grid, trials=jnp.full(1001, 1000.0))
+    state = bidder.init()._replace(fell=jnp.ones(1001).at[-1].set(0.0), trials=jnp.arange(1.0, 1002.0))
     for lam, value in ((0.0, 0.8), (0.5, 0.9), (2.0, 1.0)):
         bid, chance = bidder.bid(state._replace(lam=jnp.array([lam])), jnp.array(value))
         np.testing.assert_allclose(bid, value / (2 * (1 + lam)), atol=1e-3)
@@ -53,35 +54,38 @@ def test_full_feedback_counts_by_hand():
 
 
 def test_one_sided_feedback_counts_by_hand():
-    """A win at 1/2 says that bids from 1/2 up win; a loss at 1/4 against 0.6 that 1/4, 1/2 lose and 3/4, 1 win, and
-    nothing of 0; a loss at 0 against 0.9 that only 1 wins."""
+    """Points 0, 1/4, 1/2, 3/4, 1. A win at 1/2 says that d is not above 1/2, 3/4 or 1; a loss at 1/4 against 0.6 that
+    it is above 1/2, not above 3/4, and leaves lower intervals out; a loss at 0 against 0.9 that it is above 3/4."""
     bidder = FirstPriceBidder(Budget([10.0], 100), points=5, reveal="one_sided")
     state = told(bidder, [(0.5, 0.3), (0.25, 0.6)])
-    assert state.trials.tolist() == [0, 1, 2, 2, 2] and state.hits.tolist() == [0, 0, 1, 2, 2]
+    assert state.trials.tolist() == [0, 0, 2, 2, 2] and state.fell.tolist() == [0, 0, 1, 0, 0]
+    np.testing.assert_allclose(bidder.chance(state), [0.5, 0.5, 0.5, 1, 1])
     state = told(bidder, [(0.0, 0.9)], state)
-    assert state.trials.tolist() == [1, 2, 3, 3, 3] and state.hits.tolist() == [0, 0, 1, 2, 3]
-    np.testing.assert_allclose(bidder.chance(state), [0, 0, 1 / 3, 2 / 3, 1], rtol=1e-6)
+    assert state.trials.tolist() == [0, 0, 2, 3, 3] and state.fell.tolist() == [0, 0, 1, 1, 0]
+    np.testing.assert_allclose(bidder.chance(state), np.array([1, 1, 1, 2, 3]) / 3, rtol=1e-6)
 
 
-def test_one_sided_estimate_is_monotone_and_open_where_nothing_is_known():
-    bidder = FirstPriceBidder(Budget([10.0], 100), points=5, reveal="one_sided")
-    state = bidder.init()._replace(
-        hits=jnp.array([0.0, 0.0, 2.0, 3.0, 10.0]), trials=jnp.array([0.0, 0.0, 2.0, 6.0, 10.0])
-    )
-    np.testing.assert_allclose(bidder.chance(state), [0.5, 0.5, 0.5, 0.5, 1.0])
+def test_one_sided_estimate_is_that_of_kaplan_and_meier():
+    """SciPy's, for a sample censored from above: that of 1 - max(d, b)."""
+    draw = np.random.default_rng(0)
+    bids, rivals = draw.integers(0, 8, 60) / 10, (draw.integers(0, 10, 60) + 0.5) / 10
+    bidder = FirstPriceBidder(Budget([100.0], 100), points=11, reveal="one_sided")
+    chance = bidder.chance(told(bidder, zip(bids.tolist(), rivals.tolist())))
+    sample = np.maximum(bids, rivals)
+    peer = stats.ecdf(stats.CensoredData.right_censored(1 - sample, bids >= rivals)).sf
+    np.testing.assert_allclose(chance, peer.evaluate(1 - np.linspace(0, 1, 11) - 1e-6), atol=1e-5)
 
 
 def test_one_sided_estimates_are_unbiased():
-    """Bids that follow the estimate itself, against a distribution that is known: at points with trials, the mean of
-    hits / trials over runs is G."""
+    """Bids that follow the estimate itself: still, the excess of what fell into an interval is a martingale."""
     bidder = FirstPriceBidder(Budget([1e9], 400), points=11, reveal="one_sided")  # enough for any bid
     world = FirstPriceDraws(uniform, uniform, uniform, reveal="one_sided")
     keys = jax.random.split(jax.random.PRNGKey(0), 300)
     end = play_seeds(bidder, world, 400, keys).state["policy"]
-    hits, trials, grid = np.asarray(end.hits), np.asarray(end.trials), np.linspace(0, 1, 11)
-    surplus = hits - trials * grid  # a martingale, if 1{d <= b} is only counted where it was fixed beforehand
-    error = surplus.std(0) / np.sqrt(len(keys)) + 1e-3
-    assert (np.abs(surplus.mean(0)) < 4 * error).all()
+    fell, trials = np.asarray(end.fell)[:, :-1], np.asarray(end.trials)[:, :-1]
+    excess = fell - trials / np.arange(1, 11)  # d ≤ (j + 1) / 10 is above j / 10 once in j + 1 times
+    error = excess.std(0) / np.sqrt(len(keys)) + 1e-6
+    assert (np.abs(excess.mean(0)) < 4 * error).all()
     assert (trials[:, 5] > trials[:, 1]).all()
 
 

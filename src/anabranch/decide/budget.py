@@ -8,6 +8,7 @@
 ([0.5], False, True)
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -202,10 +203,11 @@ class BudgetedDice(Env):
 class BudgetRegret(Cell):
     """Meter: by how much less was earned than `optimum` a round, which is the value of the fluid problem.
 
-    Given `env`, what was earned is its `env.expected(state, action)`, which leaves out the luck of the rewards.
+    Two ways to leave luck out, which change no mean: given `env`, what was earned is its `env.expected(state, action)`;
+    and `optimum` may be a function of the observation whose mean is the value.
     """
 
-    optimum: Float[Array, ""] | float
+    optimum: Float[Array, ""] | float | Callable[[PyTree], Float[Array, ""]]
     env: Env | None = None
 
     def init(self, *, key=None):
@@ -215,7 +217,8 @@ class BudgetRegret(Cell):
         tick, world = x
         taken = tick.decision.action
         reward = tick.feedback.reward if self.env is None else self.env.expected(world, taken)  # pyright: ignore
-        state = state.add(self.optimum - reward)
+        optimum = self.optimum(tick.x) if callable(self.optimum) else self.optimum
+        state = state.add(optimum - reward)
         return state, state.value
 
     def value(self, state) -> Float[Array, ""]:

@@ -8,15 +8,15 @@ of each other, from distributions that are not known. Two things are learned on 
 says how far to shade a bid, and the price λ of the budget, which says how far to hold back. The bid is the maximum of
 (v - (1 + λ) b) G(b); λ moves by what was spent above ρ, times 1/√T. Regret to the fluid optimum is of order √T.
 
-With `reveal="full"` d is shown after each auction, and G is estimated by the share of past d below b. With
-`reveal="one_sided"` only the winning bid is: a loser sees d, a winner knows no more than d ≤ b. Whether a bid b' would
-have won is then known for b' ≥ b, whatever happened, and taken into account for those only: what a loser knows of lower
-bids it would know only when d is high. As b was fixed before d was drawn, each point of the estimate is unbiased; low
-values see to it that low bids are made.
+With `reveal="full"` d is shown after each auction, and G is estimated by the share of past d. With `"one_sided"` only
+the winning bid is: a loser sees d, a winner knows no more than d ≤ b. That is a sample censored from below by one's own
+bids, which are made before d is drawn, and G is estimated by the product limit of Kaplan and Meier, from the top: for
+each interval between two points, the share of d that fell into it among the auctions in which the bid was not above it
+and d was not either. Low values see to it that there are such auctions also for low intervals.
 
-The stream is auctions; the state of a bidder is two counts for each of M points of G, what is left and λ. Bids are
-multiples of 1/(M - 1); M = ⌈√T⌉ + 1 keeps what is lost by that below √T. The paper's estimator for one-sided feedback
-and its confidence terms are rebuilt from its idea; that λ moves by the real, not the estimated spending is inferred.
+The stream is auctions; the state of a bidder is two counts for each of M points, what is left and λ. Bids are multiples
+of 1/(M - 1); M = ⌈√T⌉ + 1 keeps what is lost by that below √T. How the paper estimates G from one-sided feedback is not
+known to us in detail, and that λ moves by the real, not the estimated spending is inferred.
 
     >>> from anabranch.decide.base import CumReward
     >>> from anabranch.decide.optimum import first_price
@@ -57,9 +57,10 @@ class Shading(NamedTuple):
 class BidderState(NamedTuple):
     """What a bidder knows."""
 
-    hits: Float[Array, " M"]
-    """In how many of the auctions in which that is known a bid at this point would have won."""
+    fell: Float[Array, " M"]
+    """In how many auctions the other bid fell above this point and not above the next."""
     trials: Float[Array, " M"]
+    """In how many it did not fall above the next, and one's own bid let it be known whether it fell above this one."""
     left: Sum
     lam: Float[Array, "1"]
 
@@ -100,15 +101,9 @@ class FirstPriceBidder(Policy):
         return BidderState(zeros, zeros, self.budget.init(), self.prices.init())
 
     def chance(self, state: BidderState) -> Float[Array, " M"]:
-        """The estimate of G at the points of the grid; 0 before anything is known.
-
-        One-sided feedback knows most of high bids. Where a point's own estimate is above that of a higher one, which
-        is from more auctions, that one is taken: the estimate is monotone.
-        """
-        if self.reveal == "full":
-            return state.hits / jnp.maximum(state.trials, 1.0)
-        share = jnp.where(state.trials > 0, state.hits / jnp.maximum(state.trials, 1.0), 1.0)
-        return jnp.where(state.trials[-1] > 0, jax.lax.cummin(share, reverse=True), 0.0)
+        """The estimate of G at the points of the grid; 0 before anything is known."""
+        lower = 1 - state.fell / jnp.maximum(state.trials, 1.0)  # the share of d that is not in the interval, but lower
+        return jnp.where(state.trials[-1] > 0, jnp.cumprod(lower[::-1])[::-1], 0.0)
 
     def bid(self, state: BidderState, value: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The bid, and its estimated chance to win."""
@@ -123,11 +118,12 @@ class FirstPriceBidder(Policy):
 
     def learn(self, state, x, decision, feedback):
         rival, bid, cost = feedback.info["rival"], decision.action, jnp.asarray(feedback.cost)
-        wins = self.grid >= jnp.where(rival.valid, rival.value, bid)
-        told = self.grid >= (bid if self.reveal == "one_sided" else 0.0)
+        above = rival.valid & (self.grid < rival.value)
+        above_next = jnp.append(above[1:], False)
+        knowable = self.grid >= (bid if self.reveal == "one_sided" else 0.0)
         return BidderState(
-            hits=state.hits + (wins & told),
-            trials=state.trials + told,
+            fell=state.fell + (knowable & above & ~above_next),
+            trials=state.trials + (knowable & ~above_next),
             left=self.budget.pay(state.left, cost),
             lam=self.prices.ascend(state.lam, cost - self.budget.rho),
         )

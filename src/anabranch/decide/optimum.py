@@ -47,6 +47,8 @@ class Bidding(NamedTuple):
     """Reward an auction."""
     price: float
     """λ at the optimum, ∂value / ∂rho."""
+    worth: Float[np.ndarray, " n"]
+    """Of each value: max_b (v - (1 + λ) b) G(b) + λ rho. Their mean is the optimum."""
 
 
 def first_price(values: ArrayLike, bids: ArrayLike, chance: ArrayLike, rho: float) -> Bidding:
@@ -78,7 +80,7 @@ def first_price(values: ArrayLike, bids: ArrayLike, chance: ArrayLike, rho: floa
     def respond(price):
         score = gain - (1 + price) * spend
         best = score.argmax(1)
-        return score[np.arange(len(values)), best].mean() + price * rho, spend[best].mean()
+        return score[np.arange(len(values)), best] + price * rho, spend[best].mean()
 
     low, high = 0.0, float(values.max() / rho)
     if respond(0.0)[1] <= rho:
@@ -86,4 +88,5 @@ def first_price(values: ArrayLike, bids: ArrayLike, chance: ArrayLike, rho: floa
     for _ in range(40 if high else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if respond(middle)[1] > rho else (low, middle)
-    return Bidding(float(respond(high)[0]), high)
+    worth = respond(high)[0]
+    return Bidding(float(worth.mean()), high, worth)
