@@ -16,17 +16,9 @@ from scipy import stats
 
 from anabranch import data
 from anabranch.claim import Comparison, Size
+from anabranch.decide.arm_stream import ArmStream, PullRegret, Pulls, peak_memory
 from anabranch.decide.rates import slope
-from anabranch.decide.streaming_bandits import (
-    ArmStream,
-    KingOfArms,
-    NaiveEps,
-    Promotion,
-    PullRegret,
-    Pulls,
-    UniformExploration,
-    peak_memory,
-)
+from anabranch.decide.streaming_bandits import KingOfArms, NaiveEps, Promotion, UniformExploration
 from anabranch.drive import play
 
 FIRST_SEED = 100  # those below were used while writing

@@ -63,6 +63,8 @@ def test_one_sided_feedback_counts_by_hand():
     state = told(bidder, [(0.0, 0.9)], state)
     assert state.trials.tolist() == [0, 0, 2, 3, 3] and state.fell.tolist() == [0, 0, 1, 1, 0]
     np.testing.assert_allclose(bidder.chance(state), np.array([1, 1, 1, 2, 3]) / 3, rtol=1e-6)
+    state = told(bidder, [(0.3, 0.4)], bidder.init())  # no point: whether d is above 1/4 would not be known after a win
+    assert state.trials.tolist() == [0, 0, 1, 1, 1] and state.fell.tolist() == [0] * 5
 
 
 def test_one_sided_estimate_is_that_of_kaplan_and_meier():

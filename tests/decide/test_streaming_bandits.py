@@ -8,19 +8,8 @@ import pytest
 from scipy import stats
 
 from anabranch.contract import check
-from anabranch.decide.streaming_bandits import (
-    ArmStream,
-    KingOfArms,
-    NaiveEps,
-    Promotion,
-    PullRegret,
-    Pulls,
-    SinglePass,
-    UniformExploration,
-    batch_mean,
-    example,
-    peak_memory,
-)
+from anabranch.decide.arm_stream import ArmStream, PullRegret, Pulls, batch_mean, peak_memory
+from anabranch.decide.streaming_bandits import KingOfArms, NaiveEps, Promotion, SinglePass, UniformExploration, example
 from anabranch.drive import play
 
 K, T = 60, 60_000.0

@@ -9,10 +9,10 @@ read is lost. There are `horizon` = T pulls in all, rewards in [0, 1], and the r
 counts every pull. With ε = (k/T)^(1/3), finding an ε-best arm costs about k/ε² pulls, and playing it εT regret:
 k^(1/3) T^(2/3) both, without the factor log^(1/3) T that exploring every arm equally has.
 
-Two clocks: a round of the world is one batch of pulls of one arm, whose mean is one binomial draw, so that a horizon of
-10^14 costs no more than one of 10^5. The state of a policy is the numbers of at most `memory` arms, what it knows of
-them, and a few counters. Pulls are counted in float32: exactly up to 2^24, beyond it to a relative 1e-7 a batch.
+A round of the world (`arm_stream`) is one batch of pulls of one arm. The state of a policy is the numbers of at most
+`memory` arms, what it knows of them, and a few counters.
 
+    >>> from anabranch.decide.arm_stream import PullRegret
     >>> world = ArmStream(jnp.array([0.2, 0.9, 0.4, 0.5]), horizon=100_000)
     >>> policy = Promotion(4, horizon=100_000)
     >>> meters = {"regret": PullRegret(world)}
@@ -34,127 +34,15 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from anabranch.cell import Cell, Decision, Env, Feedback, Policy, noise, select
-from anabranch.decide.base import inputs, known
+from anabranch.cell import Decision, Policy, noise, select
+from anabranch.decide.arm_stream import ArmStream, Pulls, Reading, positive_horizon
+from anabranch.decide.base import inputs
 from anabranch.drive import play
 
 DELTA = 0.1
 """The probability of failure that `Promotion("theory")` asks for."""
-NORMAL = 1e6
-"""From so many pulls on, the mean of a batch is drawn as a normal."""
-
-
-class Pulls(NamedTuple):
-    """An action: a batch of pulls of one arm. Arms are numbered in the order in which they come."""
-
-    arm: Int[Array, ""]
-    n: Float[Array, ""]
-    """A whole number; what exceeds the pulls that are left is cut off."""
-
-
-class Reading(NamedTuple):
-    """What a policy sees: how far the stream of arms has been read, and the pulls that are left."""
-
-    read: Int[Array, ""]
-    """Arms read so far, which is also the number of the next arm. Pulling that one reads it."""
-    left: Float[Array, ""]
-
-
-class StreamState(NamedTuple):
-    """How far the world is."""
-
-    read: Int[Array, ""]
-    left: Float[Array, ""]
-    t: Int[Array, ""]
-    """Batches so far: the counter of the noise."""
-    key: PRNGKeyArray
-
-
-class ArmStream(Env):
-    """Bernoulli arms of these `means`, read in this order, and `horizon` pulls in all.
-
-    Answers `Pulls` with the mean reward of the batch as reward, and its pulls as the consumption of the one resource.
-    A policy reads arms by pulling them. That it pulls no arm again which it did not store is its own affair:
-    `peak_memory` counts.
-
-    Raises:
-        ValueError: if `means` is not one probability an arm, or `horizon` is less than 1.
-    """
-
-    means: Float[Array, " k"]
-    horizon: Float[Array, ""] | float
-
-    def __init__(self, means: Float[Array, " k"], horizon: Float[Array, ""] | float):
-        self.means, self.horizon = jnp.asarray(means, jnp.float32), horizon
-        if self.means.ndim != 1:
-            raise ValueError(f"means must be one number per arm, got an array of shape {self.means.shape}")
-        if known(self.means) and not ((self.means >= 0) & (self.means <= 1)).all():
-            raise ValueError(f"means must be in [0, 1], got {self.means.min():g} to {self.means.max():g}")
-        _positive_horizon(horizon)
-
-    def init(self, *, key=None):
-        zero = jnp.zeros((), jnp.int32)
-        return StreamState(zero, jnp.float32(self.horizon), zero, jax.random.PRNGKey(0) if key is None else key)
-
-    def observe(self, state):
-        return Reading(state.read, state.left)
-
-    def oracle(self, state):
-        return self.means
-
-    def step(self, state, x: Pulls):
-        n = jnp.minimum(x.n, state.left)
-        mean = batch_mean(noise(state.key, state.t), n, self.means[x.arm])
-        new = StreamState(jnp.maximum(state.read, x.arm + 1), state.left - n, state.t + 1, state.key)
-        return new, Feedback(mean, cost=n[None], x=self.observe(new), terminal=new.left <= 0)
-
-
-def batch_mean(key: PRNGKeyArray, n: Float[Array, ""], p: Float[Array, ""]) -> Float[Array, ""]:
-    """The mean of n Bernoulli(p) rewards; 0 if n is 0."""
-    size = jnp.maximum(n, 1.0)
-    exact = jax.random.binomial(key, jnp.minimum(size, NORMAL), p) / size
-    normal = jnp.clip(p + jnp.sqrt(p * (1 - p) / size) * jax.random.normal(key), 0.0, 1.0)
-    return jnp.where(n < 1, 0.0, jnp.where(n > NORMAL, normal, exact))
-
-
-class PullRegret(Cell):
-    """Meter: Σ pulls · (p* - p of the arm pulled)."""
-
-    env: ArmStream
-
-    def init(self, *, key=None):
-        return jnp.zeros(())
-
-    def step(self, state, x):
-        tick, _ = x
-        gap = self.env.means.max() - self.env.means[tick.decision.action.arm]
-        state = state + gap * tick.feedback.cost[0]
-        return state, state
-
-    def value(self, state) -> Float[Array, ""]:
-        return state
-
-
-def peak_memory(action: Pulls) -> int:
-    """How many arms a policy must have had in store at once, from all its actions (stacked on a leading axis).
-
-    An arm is in store if it was pulled before, will be pulled again, and is not the last one that was read.
-    """
-    arms = np.asarray(action.arm)[np.asarray(action.n) > 0]
-    rounds = np.arange(len(arms))
-    read = np.maximum.accumulate(arms)
-    first, last = np.full(arms.max() + 1, len(arms)), np.full(arms.max() + 1, -1)
-    np.minimum.at(first, arms, rounds)
-    np.maximum.at(last, arms, rounds)
-    passed = np.searchsorted(read, np.arange(arms.max() + 1), side="right")  # the round in which a later arm is read
-    stored = np.zeros(len(arms) + 1, int)
-    kept = last >= passed
-    np.add.at(stored, passed[kept], 1)
-    np.add.at(stored, last[kept] + 1, -1)
-    return int(np.cumsum(stored).max())
 
 
 class Stored(NamedTuple):
@@ -198,7 +86,7 @@ class SinglePass(Policy):
     def __check_init__(self):
         if self.k < 1:
             raise ValueError(f"a stream needs at least one arm, got k = {self.k}")
-        _positive_horizon(self.horizon)
+        positive_horizon(self.horizon)
 
     @property
     def unit(self) -> Float[Array, ""]:
@@ -465,11 +353,6 @@ def _whole(pulls: Float[Array, "..."]) -> Float[Array, "..."]:
 def _sure(unit: Float[Array, ""], k: int) -> Float[Array, ""]:
     """Pulls that tell an arm's mean to ε, surely enough for k arms."""
     return _whole(unit * math.log(max(k, 2)))
-
-
-def _positive_horizon(horizon: Float[Array, ""] | float):
-    if known(horizon) and not horizon >= 1:
-        raise ValueError(f"horizon must be at least one pull, got {horizon}")
 
 
 def example() -> tuple[Promotion, PyTree]:
