@@ -150,30 +150,24 @@ def drawn(size: Size) -> list[Comparison]:
                     note=UNBOUND if best[i].price == 0 else "",
                 )
             )
-    horizon = 800 if size.smoke else 16_000
-    kinds = (FirstPriceBidder, Unpaced) if size.smoke else (FirstPriceBidder, Unpaced, SecondPrice, Informed)
+    if size.smoke:
+        return out
+    horizon = 16_000
+    kinds = (FirstPriceBidder, Unpaced, SecondPrice, Informed)
     earned = {kind: run(kind, "full", horizon)[1] for kind in kinds}
-    shades = [] if size.smoke else [run(Shade, "full", horizon, jnp.float32(share))[1] for share in SHADES]
+    shades = [run(Shade, "full", horizon, jnp.float32(share))[1] for share in SHADES]
     for i, rho in enumerate(rhos):
         ours = earned[FirstPriceBidder][i]
-        note = ""
-        if not size.smoke:
-            k = int(np.argmax([e[i].mean() for e in shades]))
-            note = (
-                f"share of the optimum: ours {ours.mean() / best[i].value / horizon:.3f}, "
-                f"knowing G {earned[Informed][i].mean() / best[i].value / horizon:.3f}, best constant shade in "
-                f"hindsight ({SHADES[k]:.3g} v) {shades[k][i].mean() / best[i].value / horizon:.3f}"
-            )
-            out.append(
-                Comparison(
-                    f"reward against second-price pacing, ρ = {rho}",
-                    ours,
-                    earned[SecondPrice][i],
-                    1.05,
-                    kind="ratio",
-                    note=note,
-                )
-            )
+        k = int(np.argmax([e[i].mean() for e in shades]))
+        note = (
+            f"share of the optimum: ours {ours.mean() / best[i].value / horizon:.3f}, "
+            f"knowing G {earned[Informed][i].mean() / best[i].value / horizon:.3f}, best constant shade in "
+            f"hindsight ({SHADES[k]:.3g} v) {shades[k][i].mean() / best[i].value / horizon:.3f}"
+        )
+        baseline = earned[SecondPrice][i]
+        out.append(
+            Comparison(f"reward against second-price pacing, ρ = {rho}", ours, baseline, 1.05, "ratio", note=note)
+        )
         if rho <= 0.1:
             out.append(
                 Comparison(f"reward against bidding without a price, ρ = {rho}", ours, earned[Unpaced][i], 1.1, "ratio")
