@@ -103,7 +103,7 @@ class FirstPriceBidder(Policy):
     def chance(self, state: BidderState) -> Float[Array, " M"]:
         """The estimate of G at the points of the grid; 0 before anything is known."""
         lower = 1 - state.fell / jnp.maximum(state.trials, 1.0)  # the share of d that is not in the interval, but lower
-        return jnp.where(state.trials[-1] > 0, jnp.cumprod(lower[::-1])[::-1], 0.0)
+        return jnp.where(state.trials[-1] > 0, jax.lax.cumprod(lower, reverse=True), 0.0)
 
     def bid(self, state: BidderState, value: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The bid, and its estimated chance to win."""
