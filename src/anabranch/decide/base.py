@@ -18,9 +18,11 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from anabranch.cell import Cell, Decision, Env, Feedback, Policy, noise, select
+from anabranch.cell import Cell, Decision, Env, Feedback, Maybe, Policy, noise, select
+from anabranch.drive import Tick
 
 NEVER = 1e-6
 """An arm with fewer (discounted) pulls counts as never pulled."""
@@ -327,6 +329,24 @@ class TraceEnv(Env):
 def earned(rewards: Float[Array, " k"], arm: Int[Array, ""]) -> Float[Array, ""]:
     """The reward of an arm; 0 for the arm -1, which is none."""
     return jnp.where(arm >= 0, rewards[jnp.maximum(arm, 0)], 0.0)
+
+
+def known(*values: PyTree) -> bool:
+    """Whether the values of these arrays can be checked now: they cannot while JAX traces."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def inputs(ticks: Tick | None) -> tuple[PyTree, Maybe]:
+    """What a policy was shown and told in a play, stacked over its rounds: inputs for `Policy.step`.
+
+    Raises:
+        ValueError: if the play kept no ticks.
+    """
+    if ticks is None:
+        raise ValueError("the play kept no ticks: call it with keep=True")
+    n = jax.tree.leaves(ticks)[0].shape[0]
+    before = jax.tree.map(lambda leaf: leaf[jnp.maximum(jnp.arange(n) - 1, 0)], ticks)
+    return ticks.x, Maybe((before.x, before.decision, before.feedback), jnp.arange(n) > 0)
 
 
 class CumReward(Cell):
