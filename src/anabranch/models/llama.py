@@ -301,6 +301,17 @@ class Decoder(Cell):
         return state, logits[0]
 
     def advance(self, state: Session, xs: Int[Array, " T"]) -> tuple[Session, Float[Array, "T vocab"]]:
+        """Many tokens at once; with a memory that forgets, as many as it has room for, and then as many again."""
+        room = getattr(self.keep, "room", len(xs))
+        if len(xs) > room:
+            whole = len(xs) // room * room
+            blocks = xs[:whole].reshape(-1, room)
+            state, logits = lax.scan(lambda state, block: self.advance(state, block), state, blocks)
+            logits = logits.reshape(whole, -1)
+            if whole == len(xs):
+                return state, logits
+            state, rest = self.advance(state, xs[whole:])
+            return state, jnp.concatenate([logits, rest])
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
         return Session(memory, state.length + len(xs)), self.logits(h)
