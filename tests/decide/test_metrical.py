@@ -53,9 +53,9 @@ def test_accounts_by_hand():
     assert float(first.reward) == -22.0 and float(first.info) == 22.0
     after, moved = env.step(state, Move(jnp.array(0), jnp.array(0)))
     assert float(moved.reward) == -35.0 and bool(moved.truncated) and int(after.t) == 0
-    # 0 is asked, which pays 3 + 30; we serve from where 1 was, and are then with 1.
-    _, astray = env.step(state, Move(jnp.array(1), jnp.array(0)))
-    assert float(astray.reward) == -(6.0 + 400.0) and float(astray.info) == 33.0
+    # 1 is asked, which pays 6 + 40; we serve from where 1 was, and are then with 0.
+    _, astray = env.step(state, Move(jnp.array(0), jnp.array(1)))
+    assert float(astray.reward) == -(5.0 + 400.0) and float(astray.info) == 46.0
     assert env.observe(state) == ()
 
 

@@ -12,7 +12,7 @@ from anabranch.cell import Decision, Feedback, Maybe
 from anabranch.claim import load
 from anabranch.contract import check
 from anabranch.decide.metrical import MTS, Move, Work, dynamic_optimum
-from anabranch.decide.mixing_predictions import BanditShareMix, Cheapest, LayeredMix, ShareMix, _above, example
+from anabranch.decide.mixing_predictions import BanditShareMix, Cheapest, LayeredMix, ShareMix, _above, _couple, example
 from anabranch.drive import play, play_seeds
 
 
@@ -131,6 +131,21 @@ def test_tree_is_that_of_the_work_function():
             v = parent[v]
         assert (state.work[:-1] >= state.work[state.parent[:-1]] - 1e-5).all()
     assert branchings > steps / 2
+
+
+def test_picks_change_as_rarely_as_can_be():
+    """Two parents, 6 and 7, of three children each."""
+    parent = jnp.array([6, 6, 6, 7, 7, 7, 7, 7])
+    old, new = jnp.array([[0.5, 0.3, 0.2, 1.0, 0.0, 0.0, 0, 0], [0.2, 0.4, 0.4, 0.0, 0.3, 0.7, 0, 0]])
+    n = 20_000
+    first = jax.random.categorical(jax.random.PRNGKey(0), jnp.log(old[:3]), shape=(n,))
+    picked = (jnp.arange(8) == first[:, None]) | (jnp.arange(8) == 3)
+    after = jax.vmap(lambda p, key: _couple(old, new, p, parent, key))(
+        picked, jax.random.split(jax.random.PRNGKey(1), n)
+    )
+    assert (after[:, :3].sum(1) == 1).all() and (after[:, 3:6].sum(1) == 1).all() and not after[:, 6:].any()
+    np.testing.assert_allclose(after.mean(0), new, atol=3 * 0.5 / n**0.5)
+    assert abs(float((after & picked)[:, :3].any(1).mean()) - 0.7) < 3 * 0.5 / n**0.5
 
 
 def test_tree_is_followed_by_its_probabilities_and_close_to_the_best_sequence():
