@@ -87,9 +87,9 @@ class Picker(Policy):
         return jnp.asarray(self.k - 1, jnp.int32)
 
     def choose(self, state: PickerState, above: Bool[Array, ""]) -> tuple[Any, Any, Any]:
-        """Whether to pick an item that is or is not above its reference, to make it a reference, and the next `last`.
+        """Whether to pick an item that is or is not above its reference, to make it one, and then the next `last`.
 
-        It is asked, and heard, after the sample and before k are picked; `Virtual` goes on to the end.
+        Picks do not count in the sample, nor once there are k.
         """
         raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `choose`")
 
