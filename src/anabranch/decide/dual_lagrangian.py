@@ -16,9 +16,9 @@ optimiser, and which learns from each instance that passes.
     >>> bool(answer.bound <= greedy)
     True
 
-Instances are brought to the scale of 1 before they reach the network, and bounds back: in float32, weights of a
-thousand would drown the gap. The paper's networks have sigmoid units and see instances as they are. Of an integer
-problem the bound is that of its relaxation.
+Instances are brought to the scale of 1, and their items into one order, before they reach the network, and bounds back:
+in float32, weights of a thousand would drown the gap. The paper's networks have sigmoid units and see instances as they
+are. Of an integer problem the bound is that of its relaxation.
 """
 
 from typing import Literal, NamedTuple
@@ -111,7 +111,7 @@ class KnapsackInstance(NamedTuple):
 
 
 class PlanningInstance(NamedTuple):
-    """min d·x + e·t subject to r·x ≤ b and x_i t_i ≥ 1: holding and ordering cost, use of the resource, and capacity."""
+    """min d·x + e·t subject to r·x ≤ b and x_i t_i ≥ 1: costs of holding and ordering, resource used, capacity."""
 
     d: Float[Array, " n"]
     e: Float[Array, " n"]
@@ -129,12 +129,21 @@ class PlanningDuals(NamedTuple):
 
 
 class Problem(eqx.Module):
-    """What DLL asks of a family of problems of one size."""
+    """What DLL asks of a family of problems of one size.
+
+    Raises:
+        ValueError: `m` or `n` is not positive.
+    """
 
     m: int
     """How many numbers the network predicts."""
     n: int
     """Items, or variables."""
+
+    def __check_init__(self):
+        for name in ("m", "n"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {name} = {getattr(self, name)}")
 
     @property
     def width(self) -> int:
@@ -147,7 +156,7 @@ class Problem(eqx.Module):
         raise NotImplementedError(f"{type(self).__name__} is abstract: it does not say what an instance is like")
 
     def scale(self, x: PyTree) -> tuple[PyTree, Array, Array]:
-        """The instance on the scale of 1; its y times the second gives y of `x`, its bound times the third the bound."""
+        """The instance on the scale of 1, and what turns its y and its bound into those of `x`, by multiplication."""
         raise NotImplementedError(f"{type(self).__name__} is abstract: it defines no `scale`")
 
     def features(self, x: PyTree) -> Float[Array, " f"]:
@@ -207,11 +216,14 @@ class Knapsack(Problem):
         return KnapsackInstance(p, jnp.round(tightness * W.sum(1)), W)
 
     def scale(self, x):
-        top = x.p.max()
-        return KnapsackInstance(x.p / top, jnp.ones(self.m), x.W / x.b[:, None]), top / x.b, top
+        # The order of items means nothing to y. Sorted by value for weight, there is but one for the network to learn.
+        top, W = x.p.max(), x.W / x.b[:, None]
+        order = jnp.argsort(x.p / jnp.maximum(W.sum(0), 1e-12))
+        return KnapsackInstance(x.p[order] / top, jnp.ones(self.m), W[:, order]), top / x.b, top
 
     def features(self, x):
-        return jnp.concatenate([x.p, self.n / 2 * x.W.ravel()])
+        total = x.W.sum(1, keepdims=True)  # inputs around 0: otherwise what all instances share drowns the rest
+        return jnp.concatenate([2 * x.p - 1, (self.n * x.W / total - 1).ravel(), 1 / total[:, 0]])
 
     def project(self, raw):
         return -jax.nn.softplus(raw)
@@ -227,7 +239,14 @@ class Planning(Problem):
     """Production planning with one resource, `PlanningInstance`: a second-order cone programme, y ≤ 0.
 
     `Planning(1, n)`. `sample` draws as the paper does.
+
+    Raises:
+        ValueError: `m` is not 1.
     """
+
+    def __check_init__(self):
+        if self.m != 1:
+            raise ValueError(f"planning has one resource and so one dual to predict, got m = {self.m}")
 
     @property
     def width(self):
@@ -247,13 +266,13 @@ class Planning(Problem):
 
     def scale(self, x):
         unit = x.b / x.r.sum()  # x = unit uses all of the resource
-        d, e = unit * x.d, x.e / unit
+        d, e, r = unit * x.d, x.e / unit, x.r / x.r.sum()
         one = (d + e).mean()
-        y = one / x.b
-        return PlanningInstance(d / one, e / one, x.r / x.r.sum(), jnp.ones(())), y, one
+        order = jnp.argsort(r * (e / d) ** 0.5)  # by how much each would use if that were free
+        return PlanningInstance(d[order] / one, e[order] / one, r[order], jnp.ones(())), one / x.b, one
 
     def features(self, x):
-        return jnp.concatenate([jnp.log(x.d), jnp.log(x.e), self.n * x.r])
+        return jnp.concatenate([jnp.log(x.d), jnp.log(x.e), self.n * x.r - 1])
 
     def project(self, raw):
         return -jax.nn.softplus(raw[0])
