@@ -158,10 +158,12 @@ class DC3(eqx.Module):
         raw = self.net(self.problem.features(unit))
         m = self.problem.m
         given = (raw[:m] if isinstance(self.problem, Knapsack) else raw[0]), raw[m:]
-        for _ in range(10):
+
+        def correct(given, _):
             slopes = jax.grad(lambda given: self.violation(unit, given))(given)
-            given = jax.tree.map(lambda v, g: v - self.size * g, given, slopes)
-        return given
+            return jax.tree.map(lambda v, g: v - self.size * g, given, slopes), None
+
+        return jax.lax.scan(correct, given, length=10)[0]
 
     def objective(self, unit):
         """The dual objective, less 10 times the violation."""

@@ -127,21 +127,20 @@ def test_untrained_bounds_are_valid(problem):
 
 
 def test_scaling_and_the_order_of_items_do_not_matter():
-    problem = Knapsack(3, 12)
-    model = DLL(problem, key=jax.random.PRNGKey(0))
+    def bounds(problem, *xs):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *xs)
+        return np.asarray(answers(DLL(problem, key=jax.random.PRNGKey(0)), stacked).bound)
+
+    problem, order = Knapsack(3, 12), np.random.default_rng(0).permutation(12)
     x = problem.sample(jax.random.PRNGKey(1))
-    order = jax.random.permutation(jax.random.PRNGKey(2), 12)
-    for other, factor in (
-        (x._replace(p=x.p[order], W=x.W[:, order]), 1.0),
-        (x._replace(p=8 * x.p), 8.0),
-        (x._replace(b=4 * x.b, W=4 * x.W), 1.0),
-    ):
-        np.testing.assert_allclose(model(other).bound, factor * model(x).bound, rtol=1e-5)
+    permuted, heavier = x._replace(p=x.p[order], W=x.W[:, order]), x._replace(b=4 * x.b, W=4 * x.W)
+    found = bounds(problem, x, permuted, heavier, x._replace(p=8 * x.p))
+    np.testing.assert_allclose(found, found[0] * np.array([1, 1, 1, 8]), rtol=1e-5)
     problem = Planning(1, 12)
-    model = DLL(problem, key=jax.random.PRNGKey(0))
     x = problem.sample(jax.random.PRNGKey(1))
     other = x._replace(d=4 * x.d, e=x.e / 4, r=4 * x.r)  # x in units four times as large
-    np.testing.assert_allclose(model(other).bound, model(x).bound, rtol=1e-5)
+    found = bounds(problem, x, other)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
 def test_training_closes_the_gap_and_start_is_where_it_begins():
@@ -171,10 +170,7 @@ def test_online_follows_a_shift():
     gap = ((best - given.bound[-100:]) / np.abs(best)).mean()
     frozen = ((best - answers(learner.model, xs).bound[-100:]) / np.abs(best)).mean()
     assert 0 < gap < 0.5 * frozen
-    x = jax.tree.map(lambda leaf: leaf[0], xs)
-    np.testing.assert_allclose(learner.predict(state, x).bound, learner.now(state)(x).bound)
-    report = check(learner, Event(jax.tree.map(lambda leaf: leaf[:32], xs), Maybe((), np.ones(32, bool)), np.ones(32)))
-    assert report.ok, str(report)
+    np.testing.assert_allclose(answers(learner.now(state), xs).bound[-1], given.bound[-1], rtol=1e-2)
 
 
 def test_projections():
