@@ -218,8 +218,8 @@ class Knapsack(Problem):
     def scale(self, x):
         # The order of items means nothing to y. Sorted by value for weight, there is but one for the network to learn.
         top, W = x.p.max(), x.W / x.b[:, None]
-        order = jnp.argsort(x.p / jnp.maximum(W.sum(0), 1e-12))
-        return KnapsackInstance(x.p[order] / top, jnp.ones(self.m), W[:, order]), top / x.b, top
+        items = _sorted(x.p / jnp.maximum(W.sum(0), 1e-12), jnp.concatenate([x.p[None] / top, W]))
+        return KnapsackInstance(items[0], jnp.ones(self.m), items[1:]), top / x.b, top
 
     def features(self, x):
         total = x.W.sum(1, keepdims=True)  # inputs around 0: otherwise what all instances share drowns the rest
@@ -268,8 +268,8 @@ class Planning(Problem):
         unit = x.b / x.r.sum()  # x = unit uses all of the resource
         d, e, r = unit * x.d, x.e / unit, x.r / x.r.sum()
         one = (d + e).mean()
-        order = jnp.argsort(r * (e / d) ** 0.5)  # by how much each would use if that were free
-        return PlanningInstance(d[order] / one, e[order] / one, r[order], jnp.ones(())), one / x.b, one
+        d, e, r = _sorted(r * (e / d) ** 0.5, jnp.stack([d / one, e / one, r]))  # by what each uses where that is free
+        return PlanningInstance(d, e, r, jnp.ones(())), one / x.b, one
 
     def features(self, x):
         return jnp.concatenate([jnp.log(x.d), jnp.log(x.e), self.n * x.r - 1])
@@ -282,6 +282,13 @@ class Planning(Problem):
 
     def value(self, x, duals):
         return x.b * duals.y - 2**0.5 * duals.sigma.sum()
+
+
+def _sorted(by: Float[Array, " n"], items: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """The columns in order of `by`. On a CPU, comparing a hundred numbers each with each is quicker than a sort."""
+    i = jnp.arange(by.shape[0])
+    rank = ((by < by[:, None]) | ((by == by[:, None]) & (i < i[:, None]))).sum(1)
+    return jnp.zeros_like(items.T).at[rank].set(items.T).T
 
 
 class Bounded(NamedTuple):
@@ -373,7 +380,7 @@ class OnlineDLL(Learner):
 
     def learn(self, state, x, target=None, weight=1.0):
         def cost(weights):
-            return -weight * eqx.combine(weights, self.model).scaled(x)[1]
+            return -jnp.asarray(weight) * eqx.combine(weights, self.model).scaled(x)[1]
 
         updates, opt = self.optimizer.update(jax.grad(cost)(state.model), state.opt, state.model)
         return OnlineState(eqx.apply_updates(state.model, updates), opt)
