@@ -153,9 +153,13 @@ def test_training_closes_the_gap_and_start_is_where_it_begins():
     def gap(model):
         return float(((best - answers(model, xs).bound) / np.abs(best)).mean())
 
-    unit = [problem.scale(jax.tree.map(jnp.asarray, x)) for x in host(xs)]
-    fixed = [one * problem.value(u, problem.complete(u, jnp.asarray(constant))) for u, _, one in unit]
-    assert abs(gap(before) - ((best - np.array(fixed)) / np.abs(best)).mean()) < 0.01
+    @jax.jit
+    @jax.vmap
+    def fixed(x):
+        unit, _, one = problem.scale(x)
+        return one * problem.value(unit, problem.complete(unit, jnp.asarray(constant)))
+
+    assert abs(gap(before) - ((best - fixed(xs)) / np.abs(best)).mean()) < 0.01
     sample = lambda key, i: jax.vmap(problem.sample)(jax.random.split(key, 32))
     after, _ = fit(dual_loss, before, sample, optax.adam(3e-3), 300, key=jax.random.PRNGKey(1))
     assert gap(after) < 0.4 * gap(before)
@@ -176,19 +180,21 @@ def test_online_follows_a_shift():
 def test_projections():
     """Idempotent, in the cone, and nearest: what is cut off is orthogonal to what is left (Moreau)."""
     draw = np.random.default_rng(0)
+    soc, psd = (jax.jit(lambda v, cone=cone: cone_project(v, cone)) for cone in ("second_order", "psd"))
+    radial = jax.jit(lambda v: cone_project(v, "second_order", radial=True))
     for _ in range(30):
-        v = jnp.asarray(draw.normal(size=4), jnp.float32)
-        p = cone_project(v, "second_order")
-        assert float(jnp.linalg.norm(p[1:])) <= float(p[0]) + 1e-5
-        np.testing.assert_allclose(cone_project(p, "second_order"), p, atol=1e-5)
+        v = draw.normal(size=4).astype(np.float32)
+        p = np.asarray(soc(v))
+        assert np.linalg.norm(p[1:]) <= p[0] + 1e-5
+        np.testing.assert_allclose(soc(p), p, atol=1e-5)
         np.testing.assert_allclose(p @ (v - p), 0.0, atol=1e-4)
-        assert float(jnp.linalg.norm((p - v)[1:])) <= float((p - v)[0]) + 1e-5
-        q = cone_project(v, "second_order", radial=True)
-        assert float(jnp.linalg.norm(q[1:])) <= float(q[0]) + 1e-5 and float(q[0]) == max(float(v[0]), 0.0)
-        M = jnp.asarray(draw.normal(size=(3, 3)), jnp.float32)
-        P = cone_project(M, "psd")
-        assert float(jnp.linalg.eigvalsh(P).min()) > -1e-5
-        np.testing.assert_allclose(jnp.sum(P * ((M + M.T) / 2 - P)), 0.0, atol=1e-4)
+        assert np.linalg.norm((p - v)[1:]) <= (p - v)[0] + 1e-5
+        q = np.asarray(radial(v))
+        assert np.linalg.norm(q[1:]) <= q[0] + 1e-5 and q[0] == max(v[0], 0.0)
+        M = draw.normal(size=(3, 3)).astype(np.float32)
+        P = np.asarray(psd(M))
+        assert np.linalg.eigvalsh(P).min() > -1e-5
+        np.testing.assert_allclose((P * ((M + M.T) / 2 - P)).sum(), 0.0, atol=1e-4)
     assert jnp.isfinite(jax.grad(lambda v: cone_project(v, "second_order").sum())(jnp.zeros(4))).all()
     assert cone_project(jnp.array([-1.0, 2.0]), "nonnegative").tolist() == [0.0, 2.0]
 
