@@ -233,7 +233,7 @@ def tested(problem: Problem, size: Size, seed: int, steps: int, tests: int) -> T
     draw = jax.jit(lambda key, n: jax.vmap(problem.sample)(jax.random.split(key, n)), static_argnums=1)
     known, xs = draw(train, tests), draw(test, tests)
     duals = np.stack([optimum(x)[1] for x in rows(known)])
-    scales = np.asarray(jax.vmap(lambda x: problem.scale(x)[1])(known))
+    scales = np.asarray(jax.jit(jax.vmap(lambda x: problem.scale(x)[1]))(known))
     constant = (duals / scales.reshape(tests, -1)).mean(0)
     middle = optimum(jax.tree.map(lambda leaf: np.asarray(leaf, float).mean(0), known))[1]
 
@@ -258,7 +258,7 @@ def tested(problem: Problem, size: Size, seed: int, steps: int, tests: int) -> T
             y_unit = jnp.asarray(y, jnp.float32) / (1.0 if scaled else unit_y)
             return scale * problem.value(unit, problem.complete(unit, y_unit))
 
-        return jax.vmap(bound)(xs)
+        return jax.jit(jax.vmap(bound))(xs)
 
     def gap(bounds):
         return float(100 * ((z - np.asarray(bounds, float)) / np.abs(z)).mean())
@@ -281,7 +281,7 @@ def shifted(model: DLL, size: Size, seed: int) -> tuple[float, float]:
     assert isinstance(problem, Knapsack)
     keys = jax.random.split(jax.random.PRNGKey(FIRST_SEED + seed + 50), events)
     tightness = jnp.where(jnp.arange(events) < events // 2, 0.25, 0.5)
-    xs = jax.vmap(problem.sample)(keys, tightness)
+    xs = jax.jit(jax.vmap(problem.sample))(keys, tightness)
     learner = OnlineDLL(model, optax.adam(ONLINE_RATE))
     online = scan(learner, Event(xs, Maybe((), jnp.ones(events, bool)), jnp.ones(events)))[1].bound
     frozen = eqx.filter_jit(eqx.filter_vmap(model, in_axes=0))(xs).bound
