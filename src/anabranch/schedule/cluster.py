@@ -11,6 +11,7 @@ Units: seconds, bytes, floating-point operations, tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,30 +82,30 @@ class LMSpec:
     bytes: int = 2
     """Of a weight, and of a number in the cache."""
 
-    @property
+    @cached_property
     def _width(self) -> int:
         return self.head_width or self.d // self.heads
 
-    @property
+    @cached_property
     def attention(self) -> int:
         """Weights of a layer's attention."""
         return self.d * self._width * 2 * (self.heads + self.kv_heads)
 
-    @property
+    @cached_property
     def expert(self) -> int:
         """Weights of one expert, or of the MLP."""
         return 3 * self.d * self.ff
 
-    @property
+    @cached_property
     def params(self) -> int:
         return self.layers * (self.attention + self.experts * self.expert) + 2 * self.vocab * self.d
 
-    @property
+    @cached_property
     def active(self) -> int:
         """Weights that a token meets in the layers."""
         return self.layers * (self.attention + self.topk * self.expert)
 
-    @property
+    @cached_property
     def kv_bytes(self) -> int:
         """Of a token in the cache."""
         return 2 * self.layers * self.kv_heads * self._width * self.bytes
@@ -155,7 +156,7 @@ class Roofline:
     devices: int = 1
     scaling: float = 0.9
 
-    @property
+    @cached_property
     def _speed(self) -> float:
         return self.devices * self.scaling ** math.log2(self.devices)
 
@@ -176,8 +177,8 @@ class Roofline:
 
     def weight_bytes(self, work: Work) -> float:
         """Weights that an iteration reads."""
-        spec, prompts, decodes = self.spec, float(work.chunk.sum()), len(work.decode)
-        both = self.loaded(prompts + decodes)
+        spec, decodes = self.spec, len(work.decode)
+        both = self.loaded(float(work.chunk.sum()) + decodes) if spec.experts > 1 else 1.0
         alone = self.loaded(decodes) if decodes else 0.0
         experts = work.layers * both + (1 - work.layers) * alone
         shared = 1.0 if decodes else work.layers
@@ -185,7 +186,8 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        return float(self._seconds(work.share, *self._parts(work, float(work.decode.sum()))))
+        compute, memory = self._parts(work, float(work.decode.sum()))
+        return self._seconds(work.share, compute, memory, max)
 
     def traffic(self, work: Work) -> float:
         """Seconds for which an iteration needs all of the memory's bandwidth."""
@@ -194,20 +196,19 @@ class Roofline:
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""
         total = float(decode.sum()) + len(decode) * np.arange(k)
-        return np.asarray(self._seconds(1.0, *self._parts(Work(decode=decode), total)))
+        return self._seconds(1.0, *self._parts(Work(decode=decode), total), np.maximum)
 
-    def _seconds(self, share: float, compute, memory):
+    def _seconds(self, share: float, compute, memory, larger):
         drawn = min(1.0, share / self.device.drawing)
-        return np.maximum(compute / share, memory / drawn) + self.device.launch * self.spec.layers
+        return larger(compute / share, memory / drawn) + self.device.launch * self.spec.layers
 
     def _parts(self, work: Work, decoded):
         """Seconds of arithmetic on all units and of traffic at all bandwidth, with so many tokens in the
         caches of those that decode."""
         spec, n, tokens, before, pairs = self.spec, len(work.decode), 0.0, 0.0, 0.0
         if len(work.chunk):
-            chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-            tokens, before = float(chunk.sum()), float(context.sum())
-            pairs = float((chunk * (context + chunk / 2)).sum())
+            tokens, before = float(work.chunk.sum()), float(work.context.sum())
+            pairs = float(work.chunk @ (2 * work.context + work.chunk)) / 2
         width = spec.heads * spec._width
         flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
         flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
@@ -261,11 +262,10 @@ class Fitted:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-        constant, rest = 0.0, 0.0
+        chunk, constant, rest = work.chunk, 0.0, 0.0
         if len(chunk):
             a, b, c = self.prefill
-            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk * (2 * context + chunk)).sum())
+            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk @ (2 * work.context + chunk)))
         if n := len(work.decode):
             a, b, c = self.decode if n < self.threshold else self.large
             constant, rest = max(constant, a), rest + b * work.decode.sum() + c * n
