@@ -59,7 +59,7 @@ def test_an_engine_runs_on_while_others_are_busy():
 
 
 @pytest.mark.parametrize(
-    "max_seqs, tokens, said", [(3, 96, ([0, 1, 2], [], 0)), (2, 80, ([1, 2], [], 0)), (3, 64, ([1, 2], [0], 0))]
+    "max_seqs, tokens, said", [(3, 96, ([0, 1, 2], [], 0)), (2, 96, ([1, 2], [], 1)), (3, 64, ([1, 2], [0], 0))]
 )
 def test_the_last_to_come_are_preempted_wherever_they_sit(max_seqs, tokens, said):
     seats = Seats(Engine(Fitted(), kv_tokens=tokens, max_seqs=max_seqs), 0, False)
@@ -170,6 +170,17 @@ def test_a_swap_costs_its_bytes_twice_and_a_new_prefill_its_tokens():
     assert tokens(swapped) == 150 < tokens(again)
     work = [(Work(np.array(chunks), np.zeros(len(chunks), int)) if chunks else None) for *_, chunks in swapped.log]
     assert swapped.busy > sum(Fitted().iteration(one) for one in work if one)
+
+    away = []
+
+    class Told(Hold):
+        def act(self, state, x):
+            state, batch = Hold.act(self, state, x)
+            away.append(0 if batch.preempt is None else x.done[batch.preempt == SWAP].sum())
+            return state, batch
+
+    quick = simulate_serving(load, [Engine(Fitted(), host=1e15)], Told(SWAP))
+    assert swapped.busy - quick.busy == pytest.approx(2 * sum(away) * Fitted().kv_bytes / 1e9, rel=1e-5)
 
 
 class Wrong(Scheduler):
