@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca
+from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca, running
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work
-from anabranch.schedule.scheduler import RECOMPUTE, SWAP, Batch, Engine, Scheduler
+from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, Batch, Engine, Scheduler
+from anabranch.schedule.seats import Seats
 from anabranch.schedule.serving import goodput, simulate_serving
 from anabranch.schedule.workload import Workload
 
@@ -39,6 +40,34 @@ def test_iterations_run_at_once_are_those_one_by_one(scheduler, tokens):
         np.testing.assert_allclose(fast.emitted, slow.emitted, rtol=1e-9)
         assert (fast.iterations, fast.preemptions) == (slow.iterations, slow.preemptions)
         assert fast.weight_bytes == pytest.approx(slow.weight_bytes)
+
+
+def test_an_engine_runs_on_while_others_are_busy():
+    asked = []
+
+    class Counted(FCFS):
+        def act(self, state, x):
+            asked.append(x.now)
+            return FCFS.act(self, state, x)
+
+    load, engines = mixed(150, seed=2, rate=8.0), [Engine(Fitted())] * 3
+    fast = simulate_serving(load, engines, Counted())
+    assert len(asked) < 6 * len(load) < fast.iterations
+    slow = simulate_serving(load, engines, FCFS(), fast_forward=False)
+    np.testing.assert_allclose(fast.emitted, slow.emitted, rtol=1e-9)
+    assert (fast.iterations, fast.peak) == (slow.iterations, slow.peak)
+
+
+@pytest.mark.parametrize(
+    "max_seqs, tokens, said", [(3, 96, ([0, 1, 2], [], 0)), (2, 96, ([1, 2], [], 1)), (3, 64, ([1, 2], [0], 0))]
+)
+def test_the_last_to_come_are_preempted_wherever_they_sit(max_seqs, tokens, said):
+    seats = Seats(Engine(Fitted(), kv_tokens=tokens, max_seqs=max_seqs), 0, False)
+    seats.id[:3], seats.status[:3] = (5, 1, 3), DECODING
+    seats.done[:3], seats.blocks[:3] = 16, 1
+    seats.free -= 3
+    slots, preempted, left = running(seats.view(0.0))
+    assert (slots.tolist(), preempted.tolist(), left) == said
 
 
 def test_one_request_by_hand():
@@ -85,6 +114,8 @@ def test_the_roofline_knows_its_limits():
         cost.decode_steps(np.array([10, 20]), 5),
         [cost.iteration(Work(decode=np.array([10 + k, 20 + k]))) for k in range(5)],
     )
+    after, first = (cost.iteration(Work(np.array([4096]), np.array([done]))) for done in (8192, 0))
+    assert after - first == pytest.approx(4 * 32 * 128 * spec.layers * 4096 * 8192 / (0.6 * device.flops))
     moe = Roofline(MODELS["qwen3-30b-a3b"], device)
     assert moe.loaded(1) == pytest.approx(8) and moe.loaded(1e6) == pytest.approx(128)
     half = Work(np.array([512]), np.array([0]), np.array([100]), layers=0.5)
@@ -139,6 +170,17 @@ def test_a_swap_costs_its_bytes_twice_and_a_new_prefill_its_tokens():
     assert tokens(swapped) == 150 < tokens(again)
     work = [(Work(np.array(chunks), np.zeros(len(chunks), int)) if chunks else None) for *_, chunks in swapped.log]
     assert swapped.busy > sum(Fitted().iteration(one) for one in work if one)
+
+    away = []
+
+    class Told(Hold):
+        def act(self, state, x):
+            state, batch = Hold.act(self, state, x)
+            away.append(0 if batch.preempt is None else x.done[batch.preempt == SWAP].sum())
+            return state, batch
+
+    quick = simulate_serving(load, [Engine(Fitted(), host=1e15)], Told(SWAP))
+    assert swapped.busy - quick.busy == pytest.approx(2 * sum(away) * Fitted().kv_bytes / 1e9, rel=1e-5)
 
 
 class Wrong(Scheduler):

@@ -17,13 +17,13 @@ def running(view: View) -> tuple[np.ndarray, np.ndarray, int]:
 
     The last to come are preempted first; at least one always goes on.
     """
-    slots = np.flatnonzero(view.status == DECODING)
-    slots = slots[np.argsort(view.id[slots])][: view.max_seqs]
-    more = (view.need(view.done[slots] + 1) - view.blocks[slots]).clip(0)
-    free = view.free_blocks
-    if more.sum() <= free:
-        return slots, slots[:0], free - int(more.sum())
-    keep = len(slots)
+    slots = (view.status == DECODING).nonzero()[0]
+    more = np.maximum(view.need(view.done[slots] + 1) - view.blocks[slots], 0)
+    free, left = view.free_blocks, view.free_blocks - int(more.sum())
+    if len(slots) <= view.max_seqs and left >= 0:
+        return slots, slots[:0], left
+    order = np.argsort(view.id[slots])[: view.max_seqs]
+    slots, more, keep = slots[order], more[order], len(order)
     while keep > 1 and more[:keep].sum() > free + view.own[slots[keep:]].sum():
         keep -= 1
     return slots[:keep], slots[keep:], int(free + view.own[slots[keep:]].sum() - more[:keep].sum())
@@ -34,7 +34,8 @@ def batch(view: View, decode: np.ndarray, preempted: np.ndarray, prefill: dict[i
     n = len(view.id)
     mask, tokens = np.zeros(n, bool), np.zeros(n, np.int64)
     mask[decode] = True
-    tokens[list(prefill)] = list(prefill.values())
+    if prefill:
+        tokens[list(prefill)] = list(prefill.values())
     how = None
     if len(preempted):
         how = np.zeros(n, np.int8)
@@ -44,7 +45,9 @@ def batch(view: View, decode: np.ndarray, preempted: np.ndarray, prefill: dict[i
 
 def prompts(view: View) -> list[int]:
     """Those that wait, first come first, and before them what has been begun."""
-    slots = np.flatnonzero((view.status == WAITING) | (view.status == PREFILLING))
+    slots = ((view.status == WAITING) | (view.status == PREFILLING)).nonzero()[0]
+    if len(slots) < 2:
+        return slots.tolist()
     order = np.lexsort((view.id[slots], view.status[slots] != PREFILLING))
     return slots[order].tolist()
 
@@ -92,8 +95,8 @@ class FCFS(Scheduler):
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, _ = running(x)
         if not len(preempted):
-            seats = x.max_seqs - len(decode)
-            found = admit(x, self.order(x), x.free_blocks, self.budget(x), seats, whole=True)
+            seats, kind = x.max_seqs - len(decode), type(self)  # asked of `self`, Equinox would bind methods anew
+            found = admit(x, kind.order(self, x), x.free_blocks, kind.budget(self, x), seats, whole=True)
             if found:
                 return state, batch(x, decode[:0], preempted, found)
         return state, batch(x, decode, preempted, {})

@@ -10,6 +10,7 @@ Units: seconds, bytes, floating-point operations, tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,30 +85,30 @@ class LMSpec:
     bytes: int = 2
     """Of a weight, and of a number in the cache."""
 
-    @property
+    @cached_property
     def _width(self) -> int:
         return self.head_width or self.d // self.heads
 
-    @property
+    @cached_property
     def attention(self) -> int:
         """Weights of a layer's attention."""
         return self.d * self._width * 2 * (self.heads + self.kv_heads)
 
-    @property
+    @cached_property
     def expert(self) -> int:
         """Weights of one expert, or of the MLP."""
         return 3 * self.d * self.ff
 
-    @property
+    @cached_property
     def params(self) -> int:
         return self.layers * (self.attention + self.experts * self.expert) + 2 * self.vocab * self.d
 
-    @property
+    @cached_property
     def active(self) -> int:
         """Weights that a token meets in the layers."""
         return self.layers * (self.attention + self.topk * self.expert)
 
-    @property
+    @cached_property
     def kv_bytes(self) -> int:
         """Of a token in the cache."""
         return 2 * self.layers * self.kv_heads * self._width * self.bytes
@@ -174,8 +175,8 @@ class Roofline:
 
     def weight_bytes(self, work: Work) -> float:
         """Weights that an iteration reads."""
-        spec, prompts, decodes = self.spec, float(work.chunk.sum()), len(work.decode)
-        both = self.loaded(prompts + decodes)
+        spec, decodes = self.spec, len(work.decode)
+        both = self.loaded(float(work.chunk.sum()) + decodes) if spec.experts > 1 else 1.0
         alone = self.loaded(decodes) if decodes else 0.0
         experts = work.layers * both + (1 - work.layers) * alone
         shared = 1.0 if decodes else work.layers
@@ -183,7 +184,7 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        return float(self._seconds(work, *self._parts(work, float(work.decode.sum()))))
+        return self._seconds(work, *self._parts(work, float(work.decode.sum())), max)
 
     def traffic(self, work: Work) -> float:
         """Seconds for which an iteration needs all of the memory's bandwidth."""
@@ -192,12 +193,12 @@ class Roofline:
     def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
         """Seconds of each of k iterations that only decode these requests."""
         total, work = float(decode.sum()) + len(decode) * np.arange(k), Work(decode=decode)
-        return np.asarray(self._seconds(work, *self._parts(work, total)))
+        return self._seconds(work, *self._parts(work, total), np.maximum)
 
-    def _seconds(self, work: Work, compute, memory):
+    def _seconds(self, work: Work, compute, memory, larger):
         drawn = min(1.0, work.share / self.device.drawing)
         fixed = self.device.launch * self.spec.layers + self.summing(work)
-        return np.maximum(compute / work.share, memory / drawn) + fixed
+        return larger(compute / work.share, memory / drawn) + fixed
 
     def summing(self, work: Work) -> float:
         """Seconds in which devices add up what each has computed."""
@@ -212,9 +213,8 @@ class Roofline:
         caches of those that decode."""
         spec, n, tokens, before, pairs = self.spec, len(work.decode), 0.0, 0.0, 0.0
         if len(work.chunk):
-            chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-            tokens, before = float(chunk.sum()), float(context.sum())
-            pairs = float((chunk * (context + chunk / 2)).sum())
+            tokens, before = float(work.chunk.sum()), float(work.context.sum())
+            pairs = float(work.chunk @ (2 * work.context + work.chunk)) / 2
         width = spec.heads * spec._width
         flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
         flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
@@ -268,11 +268,10 @@ class Fitted:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        chunk, context = work.chunk.astype(np.float64), work.context.astype(np.float64)
-        constant, rest = 0.0, 0.0
+        chunk, constant, rest = work.chunk, 0.0, 0.0
         if len(chunk):
             a, b, c = self.prefill
-            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk * (2 * context + chunk)).sum())
+            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk @ (2 * work.context + chunk)))
         if n := len(work.decode):
             a, b, c = self.decode if n < self.threshold else self.large
             constant, rest = max(constant, a), rest + b * work.decode.sum() + c * n

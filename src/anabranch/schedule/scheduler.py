@@ -5,6 +5,7 @@ A scheduler reads nothing but its `View`: no clock, no simulator, no server. So 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -177,10 +178,10 @@ class Engine:
         if self.blocks < 1:
             raise ValueError(f"kv_tokens must hold a block of {self.block}, got {self.tokens}")
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.cost.kv_tokens if self.kv_tokens is None else self.kv_tokens
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         return self.tokens // self.block

@@ -47,6 +47,8 @@ class Taken(NamedTuple):
     """Tokens of each prompt."""
     fresh: Bool[np.ndarray, " b"]
     """Whose prompts begin."""
+    back: Int64[np.ndarray, " c"]
+    """Those of `decode` whose caches come back from host memory."""
     whole: bool
     """Whether prompts pass the last layer."""
 
@@ -63,7 +65,8 @@ class Seats:
         self.prompt, self.done, self.generated, self.blocks = (ints(0) for _ in range(4))
         self.preempted, self.output, self.asked = ints(0), ints(0), ints(0)
         self.arrival, self.first, self.last, self.ttft, self.tds = (floats() for _ in range(5))
-        self.free = engine.blocks
+        self.free = self.total = engine.blocks
+        self.unknown = ints(-1)
         self.queue: deque[int] = deque()
         self.requests = self.waiting_tokens = 0
         self.peak = 0
@@ -82,8 +85,8 @@ class Seats:
         blocks, hit, own = self.found() if self.index else (self.blocks, self.done, self.blocks)
         return View(
             now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, blocks, self.first,
-            self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else np.full_like(self.id, -1),
-            self.free, engine.block, engine.blocks, len(self.queue), engine.max_tokens, engine.max_seqs,
+            self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else self.unknown,
+            self.free, engine.block, self.total, len(self.queue), engine.max_tokens, engine.max_seqs,
             hit, own, worker,
         )  # fmt: skip
 
@@ -109,16 +112,18 @@ class Seats:
         Raises:
             RuntimeError: if there are too few; a scheduler must not ask for more than there are.
         """
-        need = np.maximum(self.blocks[slots], -(-tokens // self.engine.block))
-        more = int((need - self.blocks[slots]).sum())
+        held = self.blocks[slots]
+        need = np.maximum(held, -(-tokens // self.engine.block))
+        more = int((need - held).sum())
         if more > self.free:
             raise RuntimeError(f"the scheduler needs {more} blocks of engine {self.number}, {self.free} are free")
         if self.index:
-            for slot, count in zip(slots.tolist(), (need - self.blocks[slots]).tolist()):
+            for slot, count in zip(slots.tolist(), (need - held).tolist()):
                 self.tables[slot] += self.index.alloc(count)
-        self.free -= more
-        self.blocks[slots] = need
-        self.peak = max(self.peak, self.engine.blocks - self.free)
+        if more:
+            self.free -= more
+            self.blocks[slots] = need
+        self.peak = max(self.peak, self.total - self.free)
 
     def release(self, slots: np.ndarray) -> None:
         self.free += int(self.blocks[slots].sum())
@@ -146,14 +151,15 @@ class Seats:
         Raises:
             RuntimeError: if it is not; the message says `who` has asked for it.
         """
-        decode, prompts = np.flatnonzero(batch.decode), np.flatnonzero(batch.prefill)
-        chunk, fresh = batch.prefill[prompts], self.status[prompts] == WAITING
+        decode, prompts = batch.decode.nonzero()[0], batch.prefill.nonzero()[0]
+        chunk, held = batch.prefill[prompts], self.status[prompts]
+        fresh, back = held == WAITING, decode[:0]
         whole = batch.layers[1] >= 1.0
         if self.index:
             self.find(prompts[fresh])
         if len(prompts):
             over = chunk > self.prompt[prompts] - self.done[prompts]
-            if over.any() or (self.status[prompts] > PREFILLING).any():
+            if over.any() or held.max() > PREFILLING:
                 raise RuntimeError(f"{who} prefills what is not there")
             if self.index:
                 chunk = self.fill(prompts, chunk, fresh, whole)
@@ -161,24 +167,28 @@ class Seats:
                 self.hold(prompts, self.done[prompts] + chunk)
             self.status[prompts] = PREFILLING
         if len(decode):
-            held = self.status[decode]
-            if ((held != DECODING) & (held != SWAPPED)).any():
-                raise RuntimeError(f"{who} decodes what is not prefilled")
+            others = decode[self.status[decode] != DECODING]
+            if len(others):
+                back = others
+                if (self.status[back] != SWAPPED).any():
+                    raise RuntimeError(f"{who} decodes what is not prefilled")
+                self.status[back] = DECODING
             self.hold(decode, self.done[decode] + 1)
-            self.status[decode] = DECODING
-        return Taken(decode, prompts, chunk, fresh, whole)
+        return Taken(decode, prompts, chunk, fresh, back, whole)
 
     def give(self, taken: "Taken", now: float) -> Int64[np.ndarray, " k"]:
         """Count what an iteration has done; returns the slots of those who have a token more."""
         decode, prompts = taken.decode, taken.prompts
         self.done[decode] += 1
         if taken.whole and len(prompts):
-            self.done[prompts] += taken.chunk
+            done = self.done[prompts] + taken.chunk
+            self.done[prompts] = done
             self.waiting_tokens -= int(taken.chunk.sum())
-            ready = prompts[self.done[prompts] == self.prompt[prompts]]
-            self.first[ready] = np.where(self.generated[ready] == 0, now, self.first[ready])
-            self.status[ready] = DECODING
-            decode = np.concatenate([decode, ready])
+            ready = prompts[done == self.prompt[prompts]]
+            if len(ready):
+                self.first[ready] = np.where(self.generated[ready] == 0, now, self.first[ready])
+                self.status[ready] = DECODING
+                decode = np.concatenate([decode, ready])
         self.generated[decode] += 1
         self.last[decode] = now
         return decode

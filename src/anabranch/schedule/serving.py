@@ -17,13 +17,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from anabranch.cell import State
 from anabranch.schedule.cluster import Work, side_by_side
-from anabranch.schedule.scheduler import DECODING, DONE, EMPTY, SWAP, SWAPPED, Batch, Engine, Scheduler, View
+from anabranch.schedule.scheduler import DECODING, DONE, EMPTY, SWAP, Batch, Engine, Scheduler, View
 from anabranch.schedule.seats import Asked, Seats, Taken
 from anabranch.schedule.workload import Workload
 
@@ -163,7 +164,9 @@ class _Simulation:
         self.engines = [_Running(engine, i, scheduler.oracle, scheduler.init()) for i, engine in enumerate(engines)]
         ends = np.concatenate([[0], np.cumsum(load.output)])
         self.result = Result(load, sum(e.devices for e in engines), ends, np.full(int(ends[-1]), np.nan), [])
-        self.act, self.learn = scheduler.act, scheduler.learn  # an Equinox module binds them anew at every call
+        kind = type(scheduler)  # plain functions: those that Equinox binds are slow to call
+        self.act, self.learn = partial(kind.act, scheduler), partial(kind.learn, scheduler)
+        self.arrivals = [*load.arrival.tolist(), np.inf]
         self.events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self.count = 0
         self.pulls: deque[tuple[int, int]] = deque()  # (engine, slot) of what is to go to a decode engine
@@ -174,14 +177,13 @@ class _Simulation:
         heapq.heappush(self.events, (time, self.count, 0, what))
 
     def run(self, until: float) -> Result:
-        arrival = self.load.arrival
         while True:
-            comes = arrival[self.next] if self.next < len(arrival) else np.inf
+            comes = self.arrivals[self.next]
             time = self.events[0][0] if self.events else np.inf
             if min(comes, time) >= until or (comes == np.inf and time == np.inf):
                 break
             if comes <= time:
-                self.arrive(float(comes))
+                self.arrive(comes)
             else:
                 heapq.heappop(self.events)[3](time)
         self.result.peak = max((one.peak for one in self.engines), default=0)
@@ -247,30 +249,32 @@ class _Simulation:
         if one.index:
             one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
         loop.wake += 1
-        if not batch.decode.any() and not batch.prefill.any():
+        if len(one.loops) > 1:
+            self.apart(one, loop, batch)
+        taken = one.take(batch, type(self.scheduler).__name__)
+        decode, prompts = taken.decode, taken.prompts
+        if not len(decode) and not len(prompts):
             if batch.timer is not None:
                 again = lambda t, asked=loop.wake: self.ask(one, t) if loop.wake == asked else None
                 self.at(max(batch.timer, now + EPS), again)
             return False
         loop.idle = False
-        if len(one.loops) > 1:
-            self.apart(one, loop, batch)
-        extra += self.moved(one, int(one.done[batch.decode & (one.status == SWAPPED)].sum()))
-        taken = one.take(batch, type(self.scheduler).__name__)
-        decode, prompts = taken.decode, taken.prompts
+        if len(taken.back):
+            extra += self.moved(one, int(one.done[taken.back].sum()))
         if one.index:
             self.result.cached += int(one.done[prompts[taken.fresh & (one.preempted[prompts] == 0)]].sum())
-        self.result.prefilled += int(taken.chunk.sum()) if taken.whole else 0
+        if len(prompts) and taken.whole:
+            self.result.prefilled += int(taken.chunk.sum())
         cost = one.engine.cost
         fast = self.fast and len(one.loops) == 1 and batch.share == 1.0
         if fast and not len(prompts) and not extra and batch.preempt is None:
-            steps = self.steps(one, decode, now)
+            steps = self.steps(one, decode)
             if steps > 1:
-                took = cost.decode_steps(one.done[decode], steps)
-                ends = now + np.cumsum(took)
-                comes = self.load.arrival[self.next] if self.next < len(self.load) else np.inf
-                comes = min(comes, self.events[0][0] if self.events else np.inf)
-                steps = min(steps, int(np.searchsorted(ends, comes, "left")) + 1)
+                ends = now + cost.decode_steps(one.done[decode], steps).cumsum()
+                comes = self.arrivals[self.next]
+                if one.engine.role != "both":  # others may send it requests, or take some away
+                    comes = min(comes, self.events[0][0] if self.events else np.inf)
+                steps = min(steps, int(ends.searchsorted(comes)) + 1)
                 self.decoded(one, loop, decode, ends[:steps], batch, view)
                 return True
         low, high = batch.layers
@@ -299,11 +303,12 @@ class _Simulation:
     def moved(one: _Running, tokens: int) -> float:
         return tokens * one.engine.cost.kv_bytes / one.engine.host
 
-    def steps(self, one: _Running, decode: np.ndarray, now: float) -> int:
+    @staticmethod
+    def steps(one: _Running, decode: np.ndarray) -> int:
         """How many iterations are sure to only decode: until one ends, or blocks run out."""
         most = int((one.output[decode] - one.generated[decode]).min())
-        held, size = one.done[decode], one.engine.block
-        blocks = lambda k: int((-(-(held + k) // size) - one.blocks[decode]).clip(0).sum())
+        done, held, size = one.done[decode], one.blocks[decode], one.engine.block
+        blocks = lambda k: int(np.maximum(-(-(done + k) // size) - held, 0).sum())
         if blocks(most) > one.free:
             low, high = 1, most
             while high - low > 1:
@@ -316,15 +321,12 @@ class _Simulation:
         self, one: _Running, loop: _Loop, decode: np.ndarray, ends: np.ndarray, batch: Batch, view: View
     ) -> None:
         """Several iterations that only decode, at once."""
-        k = len(ends)
-        ids = one.id[decode]
-        at = (self.result.ends[ids] + one.generated[decode])[:, None] + np.arange(k)
+        k, done, generated = len(ends), one.done[decode], one.generated[decode]
+        at = (self.result.ends[one.id[decode]] + generated)[:, None] + np.arange(k)
         self.result.emitted[at] = ends
-        one.hold(decode, one.done[decode] + k)
-        one.done[decode] += k
-        one.generated[decode] += k
-        one.last[decode] = ends[-1]
-        self.result.weight_bytes += k * one.engine.cost.weight_bytes(Work(decode=one.done[decode]))
+        one.hold(decode, done + k)
+        one.done[decode], one.generated[decode], one.last[decode] = done + k, generated + k, ends[-1]
+        self.result.weight_bytes += k * one.engine.cost.weight_bytes(Work(decode=done))
         self.account(view.now, float(ends[-1]), k)
         self.at(float(ends[-1]), lambda t: self.after(one, loop, view.now, t, decode, view, batch))
 
