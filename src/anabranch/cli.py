@@ -114,6 +114,8 @@ def serve(
 
 
 def _serve_model(config: Any, folder: Path) -> None:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     from anabranch.models import weights
     from anabranch.models.llama import Decoder, int8
     from anabranch.models.tokens import Tokens
@@ -133,7 +135,12 @@ def _serve_model(config: Any, folder: Path) -> None:
         int8(model) if said.int8 else model, scheduler, sessions=said.sessions, stop=text.stop,
         waiting=config.serve.queue,
     )  # fmt: skip
-    server.run(openai.LanguageServer(said.name, live, text, config.serve).app, config.serve)
+    app = openai.LanguageServer(said.name, live, text, config.serve).app
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        live.warm(lambda step: progress.update(task, description=f"compiling {step}"))
+    server.run(app, config.serve)
 
 
 @app.command()

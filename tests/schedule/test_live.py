@@ -185,6 +185,22 @@ def test_it_serves_in_a_thread(model, requests):
     assert said == [*answers[2], None]
 
 
+def test_nothing_is_compiled_once_it_is_warm(model, requests):
+    from anabranch.schedule import live as module
+
+    _, prompts, answers = requests
+    live, said, compiled = Live(model, Chunked(chunk=16), sessions=3), [], []
+    live.warm(compiled.append)
+    assert compiled == ["prompts of 16 tokens", "steps of 2 sessions", "steps of 4 sessions"]
+    functions = module._step, module._layer, module._first
+    before = [f._cache_size() for f in functions]
+    live.submit(Ask(prompts[1], 6), said.append)
+    for seed in (1, 2):
+        live.submit(Ask(prompts[0], 6, temperature=1.0, seed=seed))
+    drain(live)
+    assert said == [*answers[1], None] and [f._cache_size() for f in functions] == before
+
+
 def test_bad_requests_are_refused(model):
     live = Live(model, FCFS(), sessions=1, waiting=1)
     for ask, text in (

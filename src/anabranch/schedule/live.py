@@ -180,6 +180,31 @@ class Live:
             if not self.turn():
                 self.wait(0.05)
 
+    def warm(self, told: Callable[[str], None] = lambda step: None) -> None:
+        """Compile everything that serving needs, so that nobody has to wait for it. Only before the first session.
+
+        Arguments:
+            told: is given the name of what is compiled next.
+        """
+        memory, most = self.memory, min(self.model.size, self.engine.max_tokens)
+        most = min(most, getattr(self.scheduler, "chunk", most))
+        lengths = [length for length in LENGTHS if length < most]
+        lengths += [next((length for length in LENGTHS if length >= most), most)]
+        for length in lengths:
+            told(f"prompts of {length} tokens")
+            h, first = _layer(self.model.layers[0], memory[0], jnp.zeros((length, self.model.config.width)), 0, 0)
+            memory = first, *memory[1:]
+            for how in ("likeliest", "all"):
+                _first(self.model, h, 0, _sampling([], 1)[0], how=how)
+        rows = 2
+        while rows < 2 * self.engine.max_seqs:
+            told(f"steps of {rows} sessions")
+            for how in ("likeliest", "all"):
+                none = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.full(rows, 1 << 30)
+                memory, _ = _step(self.model, memory, *none, _sampling([], rows)[0], how=how)
+            rows *= 2
+        self.memory = memory
+
     def wait(self, seconds: float) -> None:
         """Wait so long, or until the scheduler wants to be asked again, or somebody comes or goes."""
         if self._timer is not None:
