@@ -167,9 +167,8 @@ class Seats:
                 self.hold(prompts, self.done[prompts] + chunk)
             self.status[prompts] = PREFILLING
         if len(decode):
-            others = decode[self.status[decode] != DECODING]
-            if len(others):
-                back = others
+            back = decode[self.status[decode] != DECODING]
+            if len(back):
                 if (self.status[back] != SWAPPED).any():
                     raise RuntimeError(f"{who} decodes what is not prefilled")
                 self.status[back] = DECODING
