@@ -100,7 +100,10 @@ class AdaptiveObGD(ObGD):
 
 
 def sparse_init(key: PRNGKeyArray, shape: tuple[int, int], sparsity: float = 0.9) -> Float[Array, "out in"]:
-    """Weights from U(±1/√in), of which ⌈sparsity · in⌉ in each row, drawn at random, are 0."""
+    """Weights from U(±1/√in), of which ⌈sparsity · in⌉ in each row, drawn at random, are 0.
+
+    At the sparsity of the paper, .9, a layer of fewer than ten inputs starts with no weight at all, and learns.
+    """
     draw, drop = jax.random.split(key)
     weight = jax.random.uniform(draw, shape, minval=-1.0, maxval=1.0) / math.sqrt(shape[1])
     rank = jnp.argsort(jax.random.uniform(drop, shape), axis=1)
@@ -125,7 +128,7 @@ class Net(eqx.Module):
             x = weight @ x + bias
             if self.layernorm:
                 x = (x - x.mean()) / jnp.sqrt(x.var() + 1e-5)
-            x = jax.nn.leaky_relu(x)
+            x = jnp.where(x > 0, x, 0.01 * x)  # its slope at 0, where networks start that see few inputs, is 0.01
         return self.weights[-1] @ x + self.biases[-1]
 
 
@@ -237,6 +240,10 @@ class Transition(NamedTuple):
     stop: Bool[Array, ""]
     ok: Bool[Array, ""]
     """Whether all of it is finite."""
+
+
+def _td_error(v: Net, step: Transition) -> Float[Array, ""]:
+    return step.reward + step.discount * v(step.next_x)[0] - v(step.x)[0]
 
 
 # The agents
@@ -489,13 +496,9 @@ class StreamAC(_Agent):
         logp = self.logp(actor, senses.x, drawn)
         return state._replace(senses=senses, t=t), Decision(action, logp, DrawnAux(senses.x, drawn))
 
-    def delta(self, net: Net, step: Transition) -> Float[Array, ""]:
-        """The temporal-difference error of one step."""
-        return step.reward + step.discount * net(step.next_x)[0] - net(step.x)[0]
-
     def learn(self, state: ACState, x: Float[Array, " d"], decision: Decision, feedback: Feedback) -> ACState:
         senses, step = self.perceive(state.senses, decision.aux.x, feedback)
-        delta = self.delta(state.critic.net, step)
+        delta = _td_error(state.critic.net, step)
 
         def taken(actor):
             # δ multiplies the trace later: with its sign here, the entropy grows whatever δ is.
@@ -573,10 +576,6 @@ class StreamTD(Learner):
     def predict(self, state: TDState, x: Float[Array, " d"]) -> Float[Array, ""]:
         return state.v.net(self.sense(state, x).x)[0] * state.returns.stats.scale
 
-    def delta(self, net: Net, step: Transition) -> Float[Array, ""]:
-        """The temporal-difference error of one step."""
-        return step.reward + step.discount * net(step.next_x)[0] - net(step.x)[0]
-
     def learn(
         self, state: TDState, x: Float[Array, " d"], target: Float[Array, ""], weight: Float[Array, ""] | float = 1.0
     ) -> TDState:
@@ -586,7 +585,7 @@ class StreamTD(Learner):
         ok = jnp.isfinite(cumulant) & jnp.isfinite(x).all()
         step = Transition(state.x, reward, new.x, jnp.asarray(self.gamma), jnp.zeros((), bool), ok)
         gradient = jax.grad(lambda net: net(step.x)[0])(state.v.net)
-        delta = weight * self.delta(state.v.net, step)
+        delta = weight * _td_error(state.v.net, step)
         begun = state.n > 0  # the first input has none before it
         v, made = _descend(self.rule, state.v, gradient, delta, self.gamma * self.lam, ok & begun, step.stop)
         return new._replace(v=v, returns=returns, skipped=state.skipped + (begun & ~made))
@@ -597,7 +596,7 @@ def example() -> tuple[StreamQ, PyTree]:
     from anabranch.decide.classic import CartPole
     from anabranch.drive import play
 
-    agent = StreamQ(CartPole.dim, CartPole.n_actions, hidden=8, limit=500, explore=20)
+    agent = StreamQ(CartPole.dim, CartPole.n_actions, hidden=8, sparsity=0.5, limit=500, explore=20)
     ticks = play(agent, CartPole(), 64, key=jax.random.PRNGKey(0)).ticks
     before = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), ticks)
     return agent, (ticks.x, Maybe(tuple(before), jnp.arange(64) > 0))  # pyright: ignore
