@@ -397,9 +397,8 @@ class StreamQ(_Agent):
         senses, t = self.attend(state.senses, x), state.t + 1
         best = jnp.argmax(state.q.net(senses.x)).astype(jnp.int32)
         epsilon = jnp.maximum(1 + (self.epsilon - 1) * t / self.explore, self.epsilon)
-        coin, draw = jax.random.split(noise(state.key, t, "act"))
-        other = jax.random.randint(draw, (), 0, self.n_actions)
-        action = jnp.where(jax.random.uniform(coin) < epsilon, other, best)
+        coin, other = jax.random.uniform(noise(state.key, t, "act"), (2,))
+        action = jnp.where(coin < epsilon, jnp.floor(other * self.n_actions).astype(jnp.int32), best)
         greedy = action == best
         logp = jnp.log(epsilon / self.n_actions + (1 - epsilon) * greedy)
         return QState(state.q, senses, t, state.key), Decision(action, logp, GreedyAux(senses.x, greedy))
