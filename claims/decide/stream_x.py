@@ -1,14 +1,16 @@
 """Streaming agents with bounded steps learn where the same agents with Adam or SGD, or a DQN without replay, do not.
 
 A. Prediction on real data: the oil temperature of a transformer (ETTh1), scaled to [0, 1], hour by hour; what its
-   discounted sum (γ = .99) will be. Stream TD(λ) as it is, against the same network and inputs with Adam and with SGD, each
-   at the best of three learning rates, which is chosen on the same seeds in the baselines' favour. RMS error against the
+   discounted sum (γ = .99) will be. Stream TD(λ) as it is, against the same network and inputs with Adam and with SGD,
+   each at the best of three learning rates, chosen on the same seeds in the baselines' favour. RMS error against the
    true discounted sum on the last fifth of the stream.
 B. Control: CartPole and Acrobot, 100,000 steps. Stream Q(λ) as it is, against the same agent with Adam, and against
-   DQN with a buffer of one transition (Adam, Huber loss, a target network, dense initialisation, no layer normalisation,
-   but the same normalised inputs and exploration), each at the best of three learning rates, chosen in the same way. Mean
-   return of the episodes that end in the last tenth. Every baseline sees as many transitions as ours.
-   Also the share of updates after which the error of the same transition has changed its sign.
+   DQN with a buffer of one transition (Adam, Huber loss, a target network, dense initialisation, no layer
+   normalisation, but the same normalised inputs and exploration), each at the best of three learning rates, chosen in
+   the same way. Mean return of the episodes that end in the last tenth. Every baseline sees as many transitions as
+   ours. Also the share of updates after which the error of the same transition has changed its sign.
+C. With `--full`, MuJoCo (needs gymnasium): Stream AC(λ) as it is on Hopper, Walker2d and Ant, 100,000 steps of the two
+   million of the paper, against the same agent with Adam, at the better of two learning rates, chosen in the same way.
 """
 
 import csv
@@ -19,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from anabranch import data
-from anabranch.cell import Decision, Event, Feedback, Maybe, Policy
+from anabranch.cell import Decision, Event, Feedback, Maybe, Policy, noise
 from anabranch.claim import Comparison, Size
 from anabranch.decide.classic import Acrobot, CartPole, Classic, EpisodeReturn
+from anabranch.decide.gym import GymEnv
 from anabranch.decide.stream_x import Net, ObGD, StreamAC, StreamQ, StreamTD
 from anabranch.drive import play, scan
 
@@ -195,7 +198,7 @@ def returns(agent: StreamQ, alphas, world: Classic, steps: int, keys) -> tuple[A
 
 
 def control(size: Size) -> list[Comparison]:
-    steps, keys, found, comparisons = 500 if size.smoke else 100_000, seeds(size, 5), {}, []
+    steps, keys, comparisons = 500 if size.smoke else 100_000, seeds(size, 5), []
     plain = {"sparsity": 0.0, "layernorm": False}
     for world in (CartPole(),) if size.smoke else (CartPole(), Acrobot()):
         name = type(world).__name__
@@ -217,7 +220,9 @@ def control(size: Size) -> list[Comparison]:
         note = f"seeds: {listed}; best baseline: {best}. Medians: {every}"
         if isinstance(world, CartPole):
             comparisons += [
-                Comparison(f"{name}: median return (ours / best baseline)", [a], [b], 1.3, "ratio", paper=PAPER, note=note),
+                Comparison(
+                    f"{name}: median return (ours / best baseline)", [a], [b], 1.3, "ratio", paper=PAPER, note=note
+                ),
                 Comparison(
                     "CartPole: updates that overshoot, % (ours − 0)",
                     (100 * np.asarray(overshot[0])).tolist(),
@@ -236,5 +241,54 @@ def control(size: Size) -> list[Comparison]:
     return comparisons
 
 
+# C. MuJoCo
+
+
+def curve(agent: StreamAC, world: GymEnv, steps: int, seed: int) -> np.ndarray:
+    """The mean return of the episodes that end in each tenth of a run; NaN where none does."""
+    key = jax.random.PRNGKey(seed)
+    step, body = eqx.filter_jit(agent.step), world.init(key=noise(key, 0, "world"))
+    state, decision = agent.act(agent.init(key=noise(key, 0, "player")), world.observe(body))
+    total, sums, counts = 0.0, np.zeros(10), np.zeros(10)
+    for t in range(steps):
+        before = world.observe(body)
+        body, feedback = world.step(body, decision.action)
+        total += float(feedback.reward)
+        if feedback.terminal or feedback.truncated:
+            sums[10 * t // steps] += total
+            counts[10 * t // steps] += 1
+            total = 0.0
+        state, decision = step(state, (world.observe(body), Maybe((before, decision, feedback), np.asarray(True))))
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def mujoco(steps: int = 100_000, names: tuple[str, ...] = ("Hopper", "Walker2d", "Ant")) -> list[Comparison]:
+    comparisons = []
+    for name in names:
+        world = GymEnv(f"{name}-v5")
+        agent = StreamAC(world.dim, world.n_actions, box=world.box, limit=world.limit)
+        arms = {"ours": agent} | {
+            f"Adam {rate:g}": eqx.tree_at(lambda a: (a.critic, a.actor), agent, (Descent(alpha=rate),) * 2)
+            for rate in (1e-4, 1e-3)
+        }
+        curves = {
+            kind: np.stack([curve(arm, world, steps, FIRST_SEED + i) for i in range(2)]) for kind, arm in arms.items()
+        }
+        ours, *others = curves
+        best = max(others, key=lambda kind: curves[kind][:, -1].mean())
+        listed = "; ".join(f"{kind}: " + ", ".join(f"{v:.0f}" for v in row.mean(0)) for kind, row in curves.items())
+        comparisons.append(
+            Comparison(
+                f"{name}: return of the last tenth (ours − {best})",
+                curves[ours][:, -1].tolist(),
+                curves[best][:, -1].tolist(),
+                0.0,
+                paper=PAPER,
+                note=f"mean return by tenths of {steps} steps: {listed}",
+            )
+        )
+    return comparisons
+
+
 def experiment(size: Size) -> list[Comparison]:
-    return [*prediction(size), *control(size)]
+    return [*prediction(size), *control(size), *(mujoco() if size.full else [])]

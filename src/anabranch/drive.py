@@ -278,8 +278,8 @@ def play(
     """Policy and world in one compiled scan.
 
     A meter is a cell that steps on `(tick, state of the world before the action)` and has `value(state)`. With
-    `keep=False` the ticks are not kept, so that a million rounds cost no memory. Several seeds: `play_seeds`. A world on
-    the host is stepped in Python, with the policy compiled.
+    `keep=False` the ticks are not kept, so that a million rounds cost no memory. Several seeds: `play_seeds`. A world
+    on the host is stepped in Python, with the policy compiled.
 
         >>> class Coin(Env):
         ...     def init(self, *, key=None):

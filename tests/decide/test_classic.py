@@ -11,7 +11,12 @@ from anabranch.decide.classic import Acrobot, CartPole, EpisodeReturn, MountainC
 from anabranch.drive import Tick, play
 
 STEPS = 500
-WORLDS = {"CartPole-v1": CartPole(), "Acrobot-v1": Acrobot(), "MountainCar-v0": MountainCar(), "Pendulum-v1": Pendulum()}
+WORLDS = {
+    "CartPole-v1": CartPole(),
+    "Acrobot-v1": Acrobot(),
+    "MountainCar-v0": MountainCar(),
+    "Pendulum-v1": Pendulum(),
+}
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -90,5 +95,5 @@ def test_returns_by_hand():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="limit.*0"):
+    with pytest.raises(ValueError, match=r"limit.*0"):
         CartPole(limit=0)

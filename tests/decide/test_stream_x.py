@@ -251,14 +251,16 @@ def test_what_is_not_finite_changes_no_weight(bad):
     assert np.isfinite(decision.action).all() and np.isfinite(decision.aux.x).all()
     assert int(state.senses.seen.n) == 0
 
-
     def told(reward, last, end=False):
         return Feedback(reward, x=jnp.ones(2), terminal=jnp.array(end), info={"last_x": jnp.array(last)})
 
     good = tell(state, (), decision, told(1.0, [1.0, 1.0]))
     _, decision = act(good, jnp.array([1.0, 1.0]))
     better = tell(good, (), decision, told(1.0, [1.0, 3.0]))
-    assert all((a != b).any() for a, b in zip(better[0].net.weights + better[1].net.weights, good[0].net.weights + good[1].net.weights))
+    assert all(
+        (a != b).any()
+        for a, b in zip(better[0].net.weights + better[1].net.weights, good[0].net.weights + good[1].net.weights)
+    )
     for feedback in (told(bad, [1.0, 3.0]), told(1.0, [bad, 1.0]), told(1.0, [bad, 1.0], True)):
         new = tell(good, (), decision, feedback)
         jax.tree.map(np.testing.assert_array_equal, (new.critic.net, new.actor.net), (good.critic.net, good.actor.net))

@@ -32,8 +32,8 @@ class GymState(NamedTuple):
 class GymEnv(Env):
     """`gymnasium.make(id, **options)`, which resets itself at the end of an episode, as the worlds of `classic` do.
 
-    Observations are vectors. Actions are numbers from 0, or vectors in `box`. The state holds the environment itself: only
-    the latest state can go on, and none can be saved.
+    Observations are vectors. Actions are numbers from 0, or vectors in `box`. The state holds the environment itself:
+    only the latest state can go on, and none can be saved.
 
     Raises:
         ImportError: if gymnasium is not installed.

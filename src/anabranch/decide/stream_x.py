@@ -9,8 +9,8 @@ do not overshoot their target (`obgd`). The stream is that of observations, acti
 parameters, their eligibility traces of the same shapes, the statistics, the clock of the episode and a counter.
 Nothing is trained beforehand, and nothing is approximated; the image networks of the Atari experiments are not here.
 
-As in the authors' program, a time limit counts as an end unless `bootstrap_truncated`, and the clock shows the same time
-at the reset and after the first step: -1/2 + max(t - 1, 0) / limit.
+As in the authors' program, a time limit counts as an end unless `bootstrap_truncated`, and the clock shows the same
+time at the reset and after the first step: -1/2 + max(t - 1, 0) / limit.
 
 An observation that is not finite is replaced by the mean so far, entry by entry, and is kept out of the statistics. A
 transition with such an observation or reward, or whose update would not be finite, changes no weights: the traces are
@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -287,9 +288,7 @@ class _Agent(Policy):
         zero, x = jnp.zeros((), jnp.int32), jnp.zeros(self.dim + (self.limit is not None))
         return Senses(Welford.zeros(self.dim), Returns.zeros(), zero, x, jnp.ones((), bool), zero)
 
-    def look(
-        self, seen: Welford, x: Float[Array, " d"], clock: Int[Array, ""]
-    ) -> tuple[Welford, Float[Array, " m"]]:
+    def look(self, seen: Welford, x: Float[Array, " d"], clock: Int[Array, ""]) -> tuple[Welford, Float[Array, " m"]]:
         """An observation as the network sees it, and the statistics with it."""
         x = jnp.asarray(x, jnp.float32)
         if x.shape != (self.dim,):
@@ -375,8 +374,8 @@ class GreedyAux(NamedTuple):
 class StreamQ(_Agent):
     """Stream Q(λ): Watkins' Q(λ) with a network of one output an action, ε-greedy.
 
-    δ = r + γ max Q(x′) - Q(x, a), g = ∇Q(x, a). ε falls linearly from 1 to `epsilon` over the first `explore` decisions.
-    The trace is cut after an update for an action that was not greedy. Actions are int32 numbers from 0 to
+    δ = r + γ max Q(x′) - Q(x, a), g = ∇Q(x, a). ε falls linearly from 1 to `epsilon` over the first `explore`
+    decisions. The trace is cut after an update for an action that was not greedy. Actions are int32 numbers from 0 to
     `n_actions` - 1; `decision.logp` is their log-probability.
     """
 
@@ -440,9 +439,9 @@ class StreamAC(_Agent):
     """Stream AC(λ): an actor and a critic of their own networks, which follow the same δ.
 
     δ = r + γ V(x′) - V(x); the critic's g = ∇V(x), the actor's g = ∇[log π(a | x) + τ sign(δ) H(π(· | x))], with τ the
-    weight of the `entropy`. Without a `box` actions are int32 numbers, from a softmax. With a box (low, high), numbers or
-    vectors (n_actions,), they are vectors from N(μ, softplus(s)²), clipped after they are drawn; `decision.logp` is the
-    log-density of what was drawn.
+    weight of the `entropy`. Without a `box` actions are int32 numbers, from a softmax. With a box (low, high), numbers
+    or vectors (n_actions,), they are vectors from N(μ, softplus(s)²), clipped after they are drawn; `decision.logp` is
+    the log-density of what was drawn.
 
     Raises:
         ValueError: if the box is empty, besides what is wrong with any agent.
@@ -455,7 +454,7 @@ class StreamAC(_Agent):
     actor: ObGD = eqx.field(default=ObGD(3.0), kw_only=True)
 
     def __check_init__(self):
-        if self.box is not None and not isinstance(self.box[0], jax.core.Tracer) and jnp.any(self.box[0] >= self.box[1]):
+        if self.box is not None and np.any(np.asarray(self.box[0]) >= np.asarray(self.box[1])):
             raise ValueError(f"box must be (low, high) with low < high, got {self.box}")
 
     def init(self, *, key=None) -> ACState:
@@ -532,8 +531,8 @@ class StreamTD(Learner):
 
     Event t is an input x (d,) and the cumulant c that came with it. The answer for x_t is an estimate of
     c_{t+1} + γ c_{t+2} + γ² c_{t+3} + …, in the units of c. The network sees fading means of the inputs, of decay
-    `beta`, corrected for their start and normalised; with `beta` = 0, the inputs as they are. An event of weight w makes a
-    step of w δ.
+    `beta`, corrected for their start and normalised; with `beta` = 0, the inputs as they are. An event of weight w
+    counts as an error of w δ.
 
     Raises:
         ValueError: if a size is not positive, or γ, λ, β or the sparsity is out of its range.
