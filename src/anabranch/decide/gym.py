@@ -50,7 +50,7 @@ class GymEnv(Env):
     """How many discrete actions there are, or how many numbers an action has where they are continuous."""
     limit: int | None = eqx.field(static=True)
     """Steps after which an episode is cut."""
-    box: tuple[np.ndarray, np.ndarray] | None = eqx.field(static=True)
+    box: tuple[np.ndarray, np.ndarray] | None
     """The range of continuous actions."""
 
     def __init__(self, id: str, **options: Any):

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from anabranch.cell import Decision, Feedback, Learner, Maybe, Policy, noise, select
@@ -43,7 +44,9 @@ EPS = 1e-8
 # Steps that do not overshoot
 
 
-def obgd(trace: PyTree, delta: Float[Array, ""], kappa: float = 2.0, alpha: float = 1.0) -> PyTree:
+def obgd(
+    trace: PyTree, delta: Float[Array, ""], kappa: Float[ArrayLike, ""] = 2.0, alpha: Float[ArrayLike, ""] = 1.0
+) -> PyTree:
     """What overshooting-bounded gradient descent adds to the weights: α δ z / max(1, α κ max(|δ|, 1) ‖z‖₁).
 
     ‖z‖₁ is that of the whole network. For a linear δ, the error after the step keeps its sign where κ ≥ 1.
@@ -63,8 +66,8 @@ def _l1(tree: PyTree) -> Float[Array, ""]:
 class ObGD(eqx.Module):
     """`obgd` as a rule: what a traced error does to the weights. Any other rule has the same two methods."""
 
-    kappa: Float[Array, ""] | float = 2.0
-    alpha: Float[Array, ""] | float = 1.0
+    kappa: Float[ArrayLike, ""] = 2.0
+    alpha: Float[ArrayLike, ""] = 1.0
 
     def __check_init__(self):
         for name in ("kappa", "alpha"):
@@ -575,7 +578,7 @@ class StreamTD(Learner):
         return state.v.net(self.sense(state, x).x)[0] * state.returns.stats.scale
 
     def learn(
-        self, state: TDState, x: Float[Array, " d"], target: Float[Array, ""], weight: Float[Array, ""] | float = 1.0
+        self, state: TDState, x: Float[Array, " d"], target: Float[Array, ""], weight: Float[ArrayLike, ""] = 1.0
     ) -> TDState:
         new = self.sense(state, x)
         cumulant = jnp.asarray(target, jnp.float32)
@@ -583,7 +586,7 @@ class StreamTD(Learner):
         ok = jnp.isfinite(cumulant) & jnp.isfinite(x).all()
         step = Transition(state.x, reward, new.x, jnp.asarray(self.gamma), jnp.zeros((), bool), ok)
         gradient = jax.grad(lambda net: net(step.x)[0])(state.v.net)
-        delta = weight * _td_error(state.v.net, step)
+        delta = jnp.asarray(weight) * _td_error(state.v.net, step)
         begun = state.n > 0  # the first input has none before it
         v, made = _descend(self.rule, state.v, gradient, delta, self.gamma * self.lam, ok & begun, step.stop)
         return new._replace(v=v, returns=returns, skipped=state.skipped + (begun & ~made))
