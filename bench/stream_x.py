@@ -3,7 +3,8 @@
 Theirs is how it is usually written: gymnasium's CartPole, statistics in NumPy, a network and its traces in PyTorch, one
 transition after the other in Python. Ours is agent and world in one compiled scan, for one seed and for 30 side by
 side. Both update the same network by the same rule: before the clock starts, PyTorch learns from 500 transitions of
-ours, and its weights must end within 1e-4 of ours. They run in turns.
+ours, and its weights must end within 1e-4 of ours. They start half dense there: a first layer without any weight, which
+five inputs get at the paper's sparsity, stretches rounding errors tenfold every 60 transitions. They run in turns.
 
 Then, with the seeds side by side, CartPole with one technique taken away at a time: median return of the last tenth.
 `python bench/stream_x.py [--smoke]` writes `bench/results/stream_x.json`.
@@ -86,7 +87,7 @@ class Peer:
             goal = reward + GAMMA * (not stop) * self.q(after).max()
         value = self.q(x)[action]
         gradient = torch.autograd.grad(value, self.layers)
-        delta = float(goal - value)
+        delta = float(goal - value.detach())
         norm = 0.0
         for z, g in zip(self.traces, gradient):
             z.mul_(GAMMA * LAM).add_(g)
@@ -177,7 +178,7 @@ def main() -> None:
     steps, few, seeds, repeats = (2_000, 200, 3, 1) if args.smoke else (100_000, 3_000, 30, 5)
     torch.set_num_threads(1)  # networks of this size are slower on two
     agent = StreamQ(CartPole.dim, CartPole.n_actions, hidden=HIDDEN, limit=LIMIT, explore=EXPLORE)
-    difference = agree(agent)
+    difference = agree(eqx.tree_at(lambda a: a.sparsity, agent, 0.5))
     assert difference <= 1e-4, f"PyTorch ends {difference:.2g} away from ours"
 
     keys = jnp.stack([jax.random.PRNGKey(i) for i in range(seeds)])
