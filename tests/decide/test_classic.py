@@ -79,6 +79,14 @@ def test_ends_are_reached(world):
     np.testing.assert_allclose(result.scores["return"], -pays.mean(), rtol=1e-5)
 
 
+def test_the_car_stops_at_the_wall():
+    """Random pushes do not get there."""
+    body, _, end = MountainCar().move(jnp.array([-1.19, -0.05]), jnp.array(0))
+    np.testing.assert_allclose(body, [-1.2, 0.0])
+    body, _, _ = MountainCar().move(body, jnp.array(2))
+    assert body[0] > -1.2 and body[1] > 0 and not end
+
+
 def test_contract():
     report = check(CartPole(limit=20), np.random.default_rng(0).integers(0, 2, 64), key=jax.random.PRNGKey(0))
     assert report.ok, str(report)
