@@ -171,7 +171,8 @@ def test_td_equals_the_authors():
 
 @pytest.fixture(scope="module")
 def played():
-    agent = StreamQ(4, 2, hidden=16, limit=500, explore=200)
+    # Half dense: from the paper's start, no weight in the first layer, rounding errors would grow until runs differ.
+    agent = StreamQ(4, 2, hidden=8, sparsity=0.5, limit=500, explore=200)
     return agent, play(agent, CartPole(), 600, key=KEY)
 
 
@@ -302,12 +303,12 @@ def test_actions_are_clipped_to_the_box():
     result = play(agent, Pendulum(), 400, key=KEY)
     action, drawn = np.asarray(result.ticks.decision.action), np.asarray(result.ticks.decision.aux.drawn)
     np.testing.assert_array_equal(action, drawn.clip(-2, 2))
-    narrow = StreamAC(3, 1, box=(-0.1, 0.1), hidden=8, sparsity=0.5, limit=200)
+    narrow = StreamAC(3, 1, box=(-0.01, 0.01), hidden=8, sparsity=0.5, limit=200)
     _, decision = narrow.act(narrow.init(key=KEY), jnp.ones(3))
     net, x = narrow.init(key=KEY).actor.net, decision.aux.x
     mean, std = net(x)[0], jnp.log1p(jnp.exp(net(x)[1]))
     expected = -0.5 * ((decision.aux.drawn[0] - mean) / std) ** 2 - jnp.log(std * (2 * np.pi) ** 0.5)
-    assert abs(float(decision.aux.drawn[0])) > 0.1
+    assert abs(float(decision.aux.drawn[0])) > 0.01 == pytest.approx(abs(float(decision.action[0])))
     np.testing.assert_allclose(decision.logp, expected, rtol=1e-5)
 
 
@@ -316,6 +317,7 @@ def test_contract_of_q():
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
 def test_contract_of_ac():
     agent = StreamAC(3, 1, box=Pendulum.box, hidden=4, sparsity=0.5, limit=200)
     ticks = play(agent, Pendulum(), 48, key=KEY).ticks
