@@ -184,7 +184,7 @@ class Pendulum(Classic):
 
     limit: int = 200
     dim, n_actions = 3, 1
-    box = (-2.0, 2.0)
+    box: ClassVar[tuple[float, float]] = (-2.0, 2.0)
 
     def reset(self, key):
         return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0) * jnp.array([jnp.pi, 1.0])
