@@ -184,14 +184,14 @@ class Pendulum(Classic):
 
     limit: int = 200
     dim, n_actions = 3, 1
-    box: ClassVar[tuple[float, float]] = (-2.0, 2.0)
+    box = (-2.0, 2.0)
 
     def reset(self, key):
         return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0) * jnp.array([jnp.pi, 1.0])
 
     def move(self, body, action):
         angle, spin = body
-        torque = jnp.clip(action[0], *self.box)
+        torque = jnp.clip(action[0], -2, 2)
         off = (angle + jnp.pi) % (2 * jnp.pi) - jnp.pi
         cost = off**2 + 0.1 * spin**2 + 0.001 * torque**2
         spin = jnp.clip(spin + 0.05 * (15 * jnp.sin(angle) + 3 * torque), -8, 8)
