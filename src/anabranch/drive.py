@@ -278,7 +278,8 @@ def play(
     """Policy and world in one compiled scan.
 
     A meter is a cell that steps on `(tick, state of the world before the action)` and has `value(state)`. With
-    `keep=False` the ticks are not kept, so that a million rounds cost no memory. Several seeds: `play_seeds`.
+    `keep=False` the ticks are not kept, so that a million rounds cost no memory. Several seeds: `play_seeds`. A world
+    on the host is stepped in Python, with the policy compiled.
 
         >>> class Coin(Env):
         ...     def init(self, *, key=None):
@@ -300,11 +301,14 @@ def play(
     """
     loop = _loop(policy, env, steps, meters)
     if loop.env.host or any(p.host for p in _players(policy)):
+        players = tuple(p if p.host else _Compiled(p) for p in _players(policy))
+        loop = Loop(players if isinstance(policy, tuple) else players[0], env, loop.meters)
         state, ticks = loop.init(key=key), []
         for _ in range(steps):
             state, tick = loop.step(state)
-            ticks.append(tick)
-        kept = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ticks) if keep else None
+            if keep:
+                ticks.append(jax.tree.map(np.asarray, tick))
+        kept = jax.tree.map(lambda *leaves: np.stack(leaves), *ticks) if keep else None
         return PlayResult(state, kept, _scores(loop, state))
     return _play(loop, key, steps, keep)
 
@@ -323,6 +327,31 @@ def play_seeds(
     if loop.env.host or any(p.host for p in _players(policy)):
         raise ValueError("a world or a policy on the host cannot be run side by side: call `play` for each seed")
     return eqx.filter_vmap(lambda key: _play(loop, key, steps, keep))(jnp.asarray(keys))
+
+
+class _Compiled(Policy):
+    """A policy whose verbs are compiled, for a world that is not."""
+
+    policy: Policy
+
+    def init(self, *, key=None):
+        return self.policy.init(key=key)
+
+    def act(self, state, x):
+        return _act(self.policy, state, jax.tree.map(np.asarray, x))
+
+    def learn(self, state, x, decision, feedback):
+        return _learn(self.policy, state, *jax.tree.map(np.asarray, (x, decision, feedback)))
+
+
+@eqx.filter_jit
+def _act(policy: Policy, state, x):
+    return policy.act(state, x)
+
+
+@eqx.filter_jit
+def _learn(policy: Policy, state, x, decision, feedback):
+    return policy.learn(state, x, decision, feedback)
 
 
 def _players(policy) -> tuple[Policy, ...]:
