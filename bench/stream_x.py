@@ -22,7 +22,8 @@ import torch
 
 from anabranch import noise
 from anabranch.decide.classic import CartPole, EpisodeReturn
-from anabranch.decide.stream_x import Net, ObGD, StreamQ
+from anabranch.decide.stream_x import StreamQ
+from anabranch.decide.traced import Net, ObGD
 from anabranch.drive import play, play_seeds
 from common import in_turn, ratio, spread, timed, write
 

@@ -36,7 +36,8 @@ from anabranch.cell import Decision, Event, Feedback, Maybe, Policy, noise
 from anabranch.claim import Comparison, Size
 from anabranch.decide.classic import Acrobot, CartPole, Classic, EpisodeReturn
 from anabranch.decide.gym import GymEnv
-from anabranch.decide.stream_x import Net, ObGD, StreamAC, StreamQ, StreamTD
+from anabranch.decide.stream_x import StreamAC, StreamQ, StreamTD
+from anabranch.decide.traced import Net, ObGD
 from anabranch.drive import play, scan
 
 FIRST_SEED = 100  # those below were used while writing

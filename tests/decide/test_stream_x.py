@@ -11,16 +11,8 @@ import pytest
 from anabranch.cell import Event, Feedback, Maybe, noise
 from anabranch.contract import check
 from anabranch.decide.classic import CartPole, Pendulum
-from anabranch.decide.stream_x import (
-    AdaptiveObGD,
-    ObGD,
-    StreamAC,
-    StreamQ,
-    StreamTD,
-    example,
-    obgd,
-    sparse_init,
-)
+from anabranch.decide.stream_x import StreamAC, StreamQ, StreamTD, example
+from anabranch.decide.traced import AdaptiveObGD, ObGD, obgd, sparse_init
 from anabranch.drive import play, play_seeds, scan
 
 KEY = jax.random.PRNGKey(0)

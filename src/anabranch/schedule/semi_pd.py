@@ -374,7 +374,7 @@ class TimeSlices(Scheduler):
             inner, made = self.scheduler.act(inner, x._replace(worker=WORKERS[turn]))
             if made.decode.any() or made.prefill.any():
                 break
-            used = (used[1 - turn],) * 2  # it has nothing to do: the other goes on from where both are
+            used = used[1 - turn], used[1 - turn]  # it has nothing to do: the other goes on from where both are
         return Sliced(inner, used), made
 
     def learn(self, state: Sliced, x: View, decision: Batch, feedback: float) -> Sliced:  # pyright: ignore
