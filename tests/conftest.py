@@ -35,3 +35,17 @@ def smollm2():
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return Decoder(weights.load(file), 256), Tokens.of(file)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Forget compiled programs once they have filled some gigabytes; those worth keeping are in the cache on disk."""
+    yield
+    import gc
+
+    import jax
+    import psutil
+
+    if psutil.Process().memory_info().rss > 3e9:
+        jax.clear_caches()
+        gc.collect()
