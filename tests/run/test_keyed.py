@@ -282,3 +282,19 @@ def test_waves_are_for_keys_that_rarely_repeat(monkeypatch):
     last(list(range(200)), np.zeros(200, np.float32))
     last([0, 1] * 100, np.zeros(200, np.float32))
     assert taken == ["_wave", "_loop"]
+
+
+def test_a_single_wave_of_a_middling_cell_is_stepped_as_one(monkeypatch):
+    """As live streams come: one event each; with a key twice, in the loop."""
+    from anabranch.run import keyed
+
+    waves = []
+    monkeypatch.setattr(keyed, "_wave", lambda *args, wave=keyed._wave: waves.append(1) or wave(*args))
+    monkeypatch.setattr(keyed, "TICK_FLOPS", -1)
+    many = Keyed(Recurrent(), capacity=256, threads=1)
+    keys, xs = list(range(keyed.WAVE)), np.arange(keyed.WAVE, dtype=np.float32)
+    many(keys, xs)
+    assert len(waves) == 1
+    many([*keys[1:], keys[1]], xs)
+    many(keys[1:], xs[1:])
+    assert len(waves) == 1

@@ -20,9 +20,10 @@ def attend(
     T, heads, D = q.shape
     q = q.reshape(T, len(k), -1, D) * D**-0.5
     if T == 1:  # XLA's CPU backend has no fast product for one query a stream; as sums it reads the cache once
-        score = (q[:, :, :, None] * k[:, None]).sum(-1)
-    else:
-        score = jnp.einsum("tkgd,ksd->tkgs", q, k)
+        score = (q[0, :, :, None] * k[:, None]).sum(-1)
+        share = jax.nn.softmax(jnp.where(visible[0], score, -jnp.inf))
+        return (share[..., None] * v[:, None]).sum(-2).reshape(1, heads * D)
+    score = jnp.einsum("tkgd,ksd->tkgs", q, k)
     share = jax.nn.softmax(jnp.where(visible[:, None, None], score, -jnp.inf))
     return jnp.einsum("tkgs,ksd->tkgd", share, v).reshape(T, heads * D)
 

@@ -33,6 +33,9 @@ from anabranch.state import Packing
 LOOP_FLOPS = 300_000
 """A step with more arithmetic than this runs in waves on a CPU, if a micro-batch has few events of the same key. By
 `bench/keyed.py --forms`, uniform keys, a GRU(128) of 0.1 M flops is quicker in the loop, a GRU(512) in waves."""
+TICK_FLOPS = 60_000
+"""From here on also where a micro-batch is a single wave, one event of each key, as live streams give them: a GRU(128)
+then takes 1.7 us an event in place of 2.2 (`bench/serving.py`)."""
 WAVE = 64
 """So few that waves are at least as wide. With skewed keys waves take 4 to 10 times as long as the loop."""
 SIZES = (256, 4096, 32768, 131_072)
@@ -96,7 +99,7 @@ class Keyed:
         if form not in (None, "loop", "waves"):
             raise ValueError(f"form must be 'loop' or 'waves', got {form!r}")
         self.cell, self.capacity, self.seed, self._form = cell, capacity, seed, form
-        self._by_skew = form is None and jax.default_backend() == "cpu"
+        self._by_skew, self._tick = form is None and jax.default_backend() == "cpu", False
         # Every key has a number, free again when the key is forgotten; all else is arrays over these numbers or over
         # slots.
         self._numbers: dict[Hashable, int] = {}
@@ -165,6 +168,7 @@ class Keyed:
         if self._form is None:
             flops = _flops(self.cell, x)
             self._form = "loop" if jax.default_backend() == "cpu" and flops <= LOOP_FLOPS else "waves"
+            self._tick = flops > TICK_FLOPS
         return self._form
 
     def _step(self, numbers: Int64[np.ndarray, " n"], xs: list[np.ndarray], tree: Any) -> PyTree:
@@ -179,8 +183,11 @@ class Keyed:
         slots = self._place[numbers]
         shard, local = slots % self._shards, (slots // self._shards).astype(np.int32)
         waves = self._form == "waves"
-        if waves and self._by_skew:
-            waves = n >= WAVE * np.unique(slots, return_counts=True)[1].max()
+        if self._by_skew and n >= WAVE and (waves or self._tick):
+            most = np.unique(slots, return_counts=True)[1].max()
+            waves = n >= WAVE * most if waves else most == 1
+        elif self._by_skew:
+            waves = False
         step, sizes = (_wave, WIDTHS) if waves else (_loop, SIZES)
         done = []
 
