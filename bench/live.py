@@ -20,7 +20,8 @@ from anabranch.schedule.andes import Andes, qoes
 from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.cluster import Fitted
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.live import Live, measure, play, replay
+from anabranch.schedule.live import Live
+from anabranch.schedule.replay import measure, play, replay
 from anabranch.schedule.scheduler import Engine, Scheduler
 from anabranch.schedule.semi_pd import SemiPD, TimeSlices
 from anabranch.schedule.serving import Result, simulate_serving

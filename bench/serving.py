@@ -29,6 +29,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anabranch.run.keyed import Keyed
-from common import in_turn, ratio, spread, timed, write
+from common import RESULTS, in_turn, machine, ratio, spread, timed, write
 from serving_peers import client, model
 from serving_peers.client import Load, Route, drive, post
 
@@ -279,9 +280,17 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="half a second each of a few streams, no tuning, nothing written"
     )
+    parser.add_argument("--engine", action="store_true", help="the engine alone; the rest of the record stays")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.engine:
+        path = RESULTS / "serving.json"
+        alone = engine(7) | {"machine": machine(), "date": datetime.now(UTC).date().isoformat()}
+        record = json.loads(path.read_text(encoding="utf-8")) | {"engine": alone}
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(alone, indent=2))
+        return
     numbers, seconds, repeats = ((1, 20), 0.5, 1) if args.smoke else (STREAMS, args.seconds, args.repeats)
 
     sizes, waits = ((1024,), (0.005,)) if args.smoke else ((128, 1024), (0.001, 0.01))

@@ -12,6 +12,7 @@ from anabranch.run.config import ServeConfig
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+SURROGATE = rb'{"model": "smollm2", "prompt": "\ud800"}'
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -24,7 +25,8 @@ def served(smollm2, tmp_path_factory):
 
     model, text = smollm2
     tokens = tmp_path_factory.mktemp("openai") / "tokens"
-    tokens.write_text(f"ann {hashlib.sha256(b'secret').hexdigest()}\n")
+    digest = lambda token: hashlib.sha256(token).hexdigest()
+    tokens.write_text(f"ann {digest(b'secret')}\nbob {digest(b'watch')} operator\n")
     live = Live(model, Chunked(chunk=64), sessions=2, stop=text.stop, waiting=3)
     app = LanguageServer("smollm2", live, text, ServeConfig(tokens=tokens)).app
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
@@ -100,7 +102,7 @@ def test_what_is_not_there_is_refused_by_name(served, client):
         openai.OpenAI(base_url=served[0] + "/v1", api_key="other").models.list()
     assert [model.id for model in client.models.list()] == ["smollm2"]
     head = {"Authorization": "Bearer secret"}
-    for body in (b"", b"[", b"null", b'{"model": "smollm2", "prompt": [99999999]}', b'"\xff"', b"[" * 5000):
+    for body in (b"", b"[", b"null", b'{"model": "smollm2", "prompt": [99999999]}', b'"\xff"', b"[" * 5000, SURROGATE):
         answer = httpx.post(served[0] + "/v1/completions", content=body, headers=head)
         assert answer.status_code == 400 and answer.json()["error"]["message"], body
 
@@ -132,6 +134,57 @@ def test_too_many_are_told_to_come_again(served):
         assert json.loads(refused[0].read())["error"]["type"] == "rate_limit_error"
         for answer in open_ones:
             answer.close()
+
+
+def test_who_waits_is_told_when_the_engine_ends(smollm2):
+    from starlette.testclient import TestClient
+
+    from anabranch.run.openai import LanguageServer
+    from anabranch.sessions import Engine
+
+    class Broken:
+        """Says one token, and fails."""
+
+        room, asked = 100, threading.Event()
+
+        def submit(self, ask, emit):
+            self.emit = emit
+            self.asked.set()
+            return 0
+
+        def cancel(self, number):
+            pass
+
+        def run(self, stop):
+            self.asked.wait()
+            try:
+                self.emit(5)
+                raise RuntimeError("broken")
+            finally:
+                self.emit(None)
+
+    said = {"model": "m", "prompt": "Hi", "max_tokens": 5}
+    for stream in (False, True):
+        engine: Engine = Broken()
+        engine.asked = threading.Event()
+        app = LanguageServer("m", engine, smollm2[1], ServeConfig()).app
+        with TestClient(app, base_url="http://127.0.0.1") as client:
+            answer = client.post("/v1/completions", json=said | {"stream": stream})
+            if stream:
+                assert "answers no more" in answer.text and "[DONE]" not in answer.text
+            else:
+                assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
+            assert client.get("/readyz").status_code == 503
+            assert client.post("/v1/completions", json=said).status_code == 503
+
+
+def test_metrics_count_tokens(served, client):
+    client.completions.create(model="smollm2", prompt="Once", max_tokens=3)
+    assert httpx.get(served[0] + "/metrics", headers={"Authorization": "Bearer secret"}).status_code == 403
+    page = httpx.get(served[0] + "/metrics", headers={"Authorization": "Bearer watch"}).text
+    counts = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(counts["anabranch_answer_tokens_total"]) >= 3 and float(counts["anabranch_prompt_tokens_total"]) >= 1
+    assert float(counts["anabranch_first_token_seconds_count"]) >= 1
 
 
 class Letters:

@@ -13,7 +13,8 @@ from anabranch.schedule.andes import Andes
 from anabranch.schedule.baselines import FCFS, Chunked, Orca
 from anabranch.schedule.cluster import Fitted, Work
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.live import Live, play, replay
+from anabranch.schedule.live import Live
+from anabranch.schedule.replay import play, replay, result
 from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, Batch
 from anabranch.schedule.semi_pd import FixedShares, TimeSlices
 from anabranch.schedule.workload import Workload
@@ -217,11 +218,11 @@ def test_bad_requests_are_refused(model):
     with pytest.raises(ValueError, match="prompt 0 has 1 tokens, the workload says 2"):
         play(live, Workload.synthetic(1, 2, 2), [[1]])
     with pytest.raises(ValueError, match="nothing was recorded"):
-        live.result()
+        result(live)
 
 
 def test_a_measured_cost_has_the_time_of_prompts_and_of_steps(model):
-    from anabranch.schedule.live import measure
+    from anabranch.schedule.replay import measure
 
     cost = measure(model, sessions=2, repeats=1)
     assert cost.kv_bytes == 8 * 4 * 2 * 4 and cost.spec.layers == 4

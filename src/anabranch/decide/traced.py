@@ -121,6 +121,7 @@ class Traced(NamedTuple):
 
 
 def traced(net: Net, rule: ObGD) -> Traced:
+    """A network before it learns."""
     return Traced(net, jax.tree.map(jnp.zeros_like, net), rule.init(net))
 
 

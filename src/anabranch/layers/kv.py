@@ -89,19 +89,10 @@ class Rows(eqx.Module):
         one = lambda q, k, v, visible: attend(q[None], k, v, visible[None])[0]
         return _within(jax.vmap(one)(q, new.k[stream], new.v[stream], visible), positions, new.k), new
 
-    def fill(
-        self,
-        q: Float[Array, "T heads D"],
-        k: Float[Array, "T kv D"],
-        v: Float[Array, "T kv D"],
-        positions: Int[Array, " T"],
-        rotate: Rotate,
-        stream: Int[Array, ""],
-    ) -> tuple[Float[Array, "T heads*D"], "Rows"]:
-        """T tokens of one stream, as `KV.extend`."""
-        q, new = rotate(q, positions), self._written(rotate(k, positions), v, positions, stream)
-        visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
-        return _within(attend(q, new.k[stream], new.v[stream], visible), positions, new.k), new
+    def fill(self, *asked: Any, stream: Int[Array, ""]) -> tuple[Float[Array, "T heads*D"], "Rows"]:
+        """T tokens of one stream, asked as `KV.extend` is."""
+        o, one = KV(self.k[stream], self.v[stream]).extend(*asked)
+        return o, Rows(self.k.at[stream].set(one.k), self.v.at[stream].set(one.v))
 
     def _written(self, k: Array, v: Array, positions: Array, stream: Array) -> "Rows":
         return Rows(*(old.at[stream, :, positions].set(x, mode="drop") for old, x in ((self.k, k), (self.v, v))))

@@ -26,6 +26,7 @@ what attention remembers. Each layer has its own arrays, which a driver that don
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -331,11 +332,15 @@ class Decoder(Cell):
         positions: Int[Array, " T"],
         low: int = 0,
         high: int | None = None,
+        **asked: Any,
     ) -> tuple[Float[Array, "T d"], tuple[Any, ...]]:
-        """Some of the layers; the others' memory stays as it is. A memory is anything that extends as `KV` does."""
+        """Some of the layers; the others' memory stays as it is.
+
+        A memory is anything that extends as `KV` does; what else it asks for, `asked` gives.
+        """
         new = list(memory)
         for i in range(len(self.layers))[low:high]:
-            h, new[i] = self.layers[i](h, positions, memory[i].extend)
+            h, new[i] = self.layers[i](h, positions, partial(memory[i].extend, **asked))
         return h, tuple(new)
 
     def logits(self, h: Float[Array, "T d"]) -> Float[Array, "T vocab"]:
@@ -350,13 +355,11 @@ class Decoder(Cell):
         stream: Int[Array, " R"],
     ) -> tuple[tuple[Rows, ...], Float[Array, "R vocab"]]:
         """One token each for R of N streams whose memories are kept together; a stream of N or more is none."""
-        h, new = self.embedding[xs], list(memory)
-        for i, layer in enumerate(self.layers):
-            h, new[i] = layer(h, positions, lambda *asked, i=i: memory[i].extend(*asked, stream=stream))
-        return tuple(new), self.logits(h)
+        h, new = self.run_layers(self.embedding[xs], memory, positions, stream=stream)
+        return new, self.logits(h)
 
 
 def int8(model: Decoder) -> Decoder:
-    """All matrices in int8. A quarter of the bytes, and on SmolLM2 a perplexity 0.8 % higher."""
+    """All matrices in int8: a quarter of the bytes. SmolLM2's perplexity is 0.3 % (code) to 0.8 % (verse) higher."""
     is_linear = lambda x: isinstance(x, Linear)
     return jax.tree.map(lambda x: quantise(x) if is_linear(x) else x, model, is_leaf=is_linear)

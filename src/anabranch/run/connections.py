@@ -1,7 +1,11 @@
-"""Connections of the server: those of uvicorn, given up when a client keeps them waiting."""
+"""Connections of the servers: those of uvicorn, given up when a client keeps them waiting; and what comes over them."""
 
 import asyncio
+import json
+from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -45,3 +49,43 @@ class WebSocket(WebSocketsSansIOProtocol):
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
         self.loop.call_later(1.0, self.transport.abort)
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        HTTPException: 413, if it has more than so many bytes; 408, if it takes longer than `PATIENCE`.
+    """
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise HTTPException(413, f"a request may have {most} bytes")
+                parts.append(part)
+    except TimeoutError:
+        said = f"the body of a request may take {PATIENCE:g} s"
+        raise HTTPException(408, said, {"Connection": "close"}) from None
+    return b"".join(parts)
+
+
+def read_json(data: bytes | str) -> Any:
+    """What is said in JSON.
+
+    Raises:
+        HTTPException: 400, if it is none.
+    """
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        said = json.loads(text, parse_constant=_no_constant)
+        if "\\u" in text:  # JSON may hold half of a surrogate pair, which is no text
+            json.dumps(said, ensure_ascii=False).encode()
+        return said
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -25,6 +25,8 @@ from starlette.routing import Route
 
 from anabranch.run.access import Access, check_tls
 from anabranch.run.config import ServeConfig, place
+from anabranch.run.connections import read_body, read_json
+from anabranch.run.metrics import LATENCIES
 from anabranch.sessions import Ask, Engine, Full, Vocabulary
 
 log = logging.getLogger("anabranch.serve")
@@ -94,6 +96,35 @@ class Words:
         return text[: len(text) - keep]
 
 
+ENDED = "the server answers no more: it is closing, or an error has been logged"
+
+
+class Ended(Exception):
+    """The engine has ended before an answer did."""
+
+
+class Metrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self):
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
+
+        self.registry, self.kind = CollectorRegistry(), CONTENT_TYPE_LATEST
+        count = lambda name, said: Counter(name, said, registry=self.registry)
+        self.prompts = count("anabranch_prompt_tokens", "Tokens of prompts.")
+        self.answers = count("anabranch_answer_tokens", "Tokens of answers.")
+        self.refused = count("anabranch_sessions_refused", "Sessions refused for want of room.")
+        self.first = Histogram(
+            "anabranch_first_token_seconds", "From a request to its first token.", buckets=LATENCIES,
+            registry=self.registry,
+        )  # fmt: skip
+
+    def page(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+
 class LanguageServer:
     """A server of one language model.
 
@@ -106,6 +137,7 @@ class LanguageServer:
         self.name, self.engine, self.vocabulary, self.config = name, engine, vocabulary, config
         self.access = Access(config)
         self.began = int(time.time())
+        self.metrics = Metrics()
         self.stop = threading.Event()
         self.thread: threading.Thread | None = None
         model = "/v1/models/{name:path}"
@@ -116,6 +148,7 @@ class LanguageServer:
             Route(model, self.model),
             Route("/healthz", lambda request: PlainTextResponse("ok")),
             Route("/readyz", self.ready),
+            Route("/metrics", self.prometheus),
         ]
         handlers: Any = {HTTPException: _http, Exception: _failed}
         self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
@@ -137,9 +170,17 @@ class LanguageServer:
         except Exception:
             log.exception("the engine has failed, and answers no more")
 
+    @property
+    def alive(self) -> bool:
+        return self.thread is not None and self.thread.is_alive() and not self.stop.is_set()
+
     async def ready(self, request: Request) -> Response:
-        fine = self.thread is not None and self.thread.is_alive() and not self.stop.is_set()
-        return JSONResponse({"ready": fine}, 200 if fine else 503)
+        return JSONResponse({"ready": self.alive}, 200 if self.alive else 503)
+
+    async def prometheus(self, request: Request) -> Response:
+        if not self.access.who(request).operator:
+            raise HTTPException(403, "the token of an operator is needed")
+        return Response(self.metrics.page(), media_type=self.metrics.kind)
 
     # Models
 
@@ -177,19 +218,13 @@ class LanguageServer:
 
     async def _said(self, request: Request, kind: Any) -> Any:
         self.access.who(request)
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > self.config.max_message:
-                raise HTTPException(413, f"a request may have {self.config.max_message} bytes")
+        given = read_json(await read_body(request, self.config.max_message))
         try:
-            said = kind.model_validate(json.loads(body))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                where, text = place(first["loc"]), first["msg"].removeprefix("Value error, ")
-                raise HTTPException(400, f"{where}: {text}") from None
-            raise HTTPException(400, f"not JSON: {error}") from None
+            said = kind.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where, text = place(first["loc"]), first["msg"].removeprefix("Value error, ")
+            raise HTTPException(400, f"{where}: {text}") from None
         self._known(said.model)
         return said
 
@@ -201,16 +236,19 @@ class LanguageServer:
             with contextlib.suppress(RuntimeError):  # the loop has ended: the server is closing
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
+        if not self.alive:
+            raise HTTPException(503, ENDED)
         seed = secrets.randbits(31) if said.seed is None else said.seed & 0x7FFFFFFF
         limit = limit or max(1, self.engine.room - len(prompt))
         try:
             session = self.engine.submit(Ask(prompt, limit, said.temperature, said.top_p, seed), emit)
         except Full as error:
+            self.metrics.refused.inc()
             raise HTTPException(429, str(error), {"Retry-After": str(max(1, round(error.after)))}) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         stops = [said.stop] if isinstance(said.stop, str) else said.stop or []
-        answer = _Answer(Words(self.vocabulary, stops), tokens, len(prompt))
+        answer = _Answer(Words(self.vocabulary, stops), tokens, len(prompt), limit, self.metrics)
         about = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         choice = lambda made, why=None: {"index": 0, **made, "finish_reason": why}
 
@@ -227,6 +265,8 @@ class LanguageServer:
                 if (said.stream_options or {}).get("include_usage"):
                     yield line([], usage=answer.usage)
                 yield "data: [DONE]\n\n"
+            except Ended:  # the head of the answer has been sent
+                yield "data: " + json.dumps({"error": _error(503, ENDED)}) + "\n\n"
             finally:
                 self.engine.cancel(session)  # if it has not ended
 
@@ -234,6 +274,8 @@ class LanguageServer:
             return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         try:
             text = "".join([part async for part in answer.parts()])
+        except Ended:
+            raise HTTPException(503, ENDED) from None
         finally:
             self.engine.cancel(session)
         made = {"object": form.whole, **about, "choices": [choice(form.all(text), answer.why)], "usage": answer.usage}
@@ -267,8 +309,9 @@ TEXT = _Form("cmpl", "text_completion", "text_completion", [], _plain, _plain(""
 class _Answer:
     """Text out of the tokens of one session, and why it ended."""
 
-    def __init__(self, words: Words, tokens: "asyncio.Queue[int | None]", prompt: int):
-        self.words, self.tokens, self.prompt, self.count, self.why = words, tokens, prompt, 0, "length"
+    def __init__(self, words: Words, tokens: "asyncio.Queue[int | None]", prompt: int, limit: int, metrics: "Metrics"):
+        self.words, self.tokens, self.prompt, self.limit, self.metrics = words, tokens, prompt, limit, metrics
+        self.count, self.why, self.begun = 0, "length", time.monotonic()
 
     @property
     def usage(self) -> dict[str, int]:
@@ -276,8 +319,17 @@ class _Answer:
         return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
     async def parts(self) -> AsyncIterator[str]:
+        """Text as it comes.
+
+        Raises:
+            Ended: if the engine ends first.
+        """
+        self.metrics.prompts.inc(self.prompt)
         while (token := await self.tokens.get()) is not None:
+            if not self.count:
+                self.metrics.first.observe(time.monotonic() - self.begun)
             self.count += 1
+            self.metrics.answers.inc()
             if token in self.words.vocabulary.stop:
                 self.why = "stop"
                 break
@@ -286,6 +338,8 @@ class _Answer:
             if self.words.stopped:
                 self.why = "stop"
                 return
+        if token is None and self.count < self.limit:
+            raise Ended(ENDED)
         if rest := self.words.end():
             yield rest
 
@@ -308,22 +362,19 @@ def _content(i: int, content: str | list[dict[str, Any]]) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _error(status: int, text: str) -> dict[str, Any]:
+    """An error as clients of this API know it. A text that begins with a field's name is about that field."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    param = text.partition(":")[0] if status in (400, 404) and ":" in text else None
+    return {"message": text, "type": kind, "param": param, "code": None}
+
+
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    param = error.detail.partition(":")[0] if error.status_code in (400, 404) and ":" in error.detail else None
-    said = {
-        "message": error.detail, "type": kinds.get(error.status_code, "invalid_request_error"), "param": param,
-        "code": None,
-    }  # fmt: skip
+    said = _error(error.status_code, error.detail)
     return JSONResponse({"error": said}, error.status_code, dict(error.headers or {}))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    said = {
-        "message": "an error in the server, which has logged it",
-        "type": "server_error",
-        "param": None,
-        "code": None,
-    }
-    return JSONResponse({"error": said}, 500)
+    return JSONResponse({"error": _error(500, "an error in the server, which has logged it")}, 500)

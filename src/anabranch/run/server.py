@@ -29,6 +29,7 @@ from anabranch.run import connections, oip, openapi, wire
 from anabranch.run.access import Access, check_tls
 from anabranch.run.batcher import Batcher, Closed, Full
 from anabranch.run.config import ConfigError, PipelineConfig, ServeConfig, ServedCellFile
+from anabranch.run.connections import read_body, read_json
 from anabranch.run.keyed import Keyed
 from anabranch.run.live import Live
 from anabranch.run.metrics import Metrics
@@ -158,7 +159,7 @@ class Server:
     async def events(self, request: Request) -> Response:
         """One event, or a list of them."""
         tenant = self.tenant(request)
-        said = _json(await _body(request, self.config.max_message))
+        said = read_json(await read_body(request, self.config.max_message))
         many = isinstance(said, list)
         answers = await (await self._submit(self._parsed(said if many else [said], tenant, request), tenant))
         answers = [wire.say(self.served, answer) for answer in answers]
@@ -225,7 +226,7 @@ class Server:
                 frame: list[wire.Parsed | ValueError] = [*wire.parse_frame(served, owner, message)]
                 return await self._submit(frame, tenant, patient=True), wire.say_bytes
             try:
-                said = _json(message)
+                said = read_json(message)
             except HTTPException as error:
                 bad = await self._submit([ValueError(error.detail)], tenant)
                 return bad, lambda answers: json.dumps(wire.say(served, answers[0]))
@@ -397,7 +398,7 @@ class Server:
     async def infer(self, request: Request) -> Response:
         tenant = self.tenant(request)
         served = self.cell(request.path_params["name"])
-        body = await _body(request, self.config.max_message)
+        body = await read_body(request, self.config.max_message)
         try:
             asked = oip.read(body, request.headers.get("inference-header-content-length"))
             events = asked.sequence.events(tenant, asked.inputs, served)
@@ -437,37 +438,6 @@ async def _close(socket: WebSocket, code: int, reason: str) -> None:
     """Close a WebSocket, whose client may have gone already."""
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         await socket.close(code, reason)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The body of a request, if it is not too long and does not take too long."""
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(connections.PATIENCE):
-            async for part in request.stream():
-                size += len(part)
-                if size > most:
-                    raise HTTPException(413, f"a request may have {most} bytes")
-                parts.append(part)
-    except TimeoutError:
-        said = f"the body of a request may take {connections.PATIENCE:g} s"
-        raise HTTPException(408, said, {"Connection": "close"}) from None
-    return b"".join(parts)
-
-
-def _json(data: bytes | str) -> Any:
-    try:
-        text = data.decode() if isinstance(data, bytes) else data
-        said = json.loads(text, parse_constant=_no_constant)
-        if "\\u" in text:  # JSON may hold half of a surrogate pair, which is no text
-            json.dumps(said, ensure_ascii=False).encode()
-        return said
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"not JSON: {error}") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 async def _refused(request: Request, error: Exception) -> Response:

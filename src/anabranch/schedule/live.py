@@ -16,15 +16,14 @@ An iteration does what the scheduler's `Batch` says: one token more for each of 
 so many tokens of some prompts, through some of the layers, one prompt after the other. Sessions keep a slot each in one
 array of keys and values a layer, which is updated in place; blocks are counted, so that a scheduler has to share them.
 
-What was decided, and how long each iteration took, is recorded. `replay` runs the same requests through the simulator
-with these times: a scheduler that sees the same must decide the same.
+What was decided, and how long each iteration took, can be recorded; `replay.py` runs it through the simulator again.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,12 +35,9 @@ from jaxtyping import Int8, Int64
 from anabranch.decode.base import Draw, sample
 from anabranch.layers.kv import Rows
 from anabranch.models.llama import Decoder, Layer
-from anabranch.schedule.baselines import FCFS
-from anabranch.schedule.cluster import Fitted, LMSpec, Work
-from anabranch.schedule.scheduler import DECODING, PREFILLING, SWAP, SWAPPED, Engine, Scheduler
+from anabranch.schedule.cluster import Work
+from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Scheduler
 from anabranch.schedule.seats import Asked, Seats
-from anabranch.schedule.serving import Result, simulate_serving
-from anabranch.schedule.workload import Workload
 from anabranch.sessions import Ask, Full
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -50,7 +46,7 @@ Emit = Callable[[int | None], None]
 
 
 @dataclass
-class _Session:
+class Session:
     number: int
     ask: Ask
     arrival: float
@@ -69,14 +65,19 @@ class _Session:
 
 @dataclass
 class Record:
-    """What happened, for `Live.result` and `replay`."""
+    """What happened, for `anabranch.schedule.replay`."""
 
-    sessions: list[_Session] = field(default_factory=list)
+    sessions: list[Session] = field(default_factory=list)
     log: list[tuple] = field(default_factory=list)
     """As `Result.log`."""
     ends: list[float] = field(default_factory=list)
     """Of the iterations."""
     preemptions: int = 0
+
+    @property
+    def seconds(self) -> list[float]:
+        """What each iteration took."""
+        return [end - start for end, (_, start, *_) in zip(self.ends, self.log, strict=True)]
 
 
 class _Sizes(NamedTuple):
@@ -125,15 +126,20 @@ class Live:
         self.memory = tuple(Rows(jnp.zeros(shape), jnp.zeros(shape)) for _ in model.layers)
         self.room = min(model.size, self.engine.blocks * block)
         self.record = Record() if record else None
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
         self._count = 0
-        self._come: deque[_Session] = deque()
+        self._come: deque[Session] = deque()
         self._gone: deque[int] = deque()
         self._wake = threading.Condition()
         self._begun = time.monotonic()
         self._now = 0.0
         self._timer: float | None = None
         self._idle = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are sessions."""
+        return bool(self._sessions)
 
     def clock(self) -> float:
         """Seconds since this began."""
@@ -159,7 +165,7 @@ class Live:
         with self._wake:
             if len(self._come) + len(self.seats.queue) >= self.waiting:
                 raise Full("the queue of sessions", 1.0)
-            session = _Session(self._count, ask, self.clock(), emit)
+            session = Session(self._count, ask, self.clock(), emit)
             self._count += 1
             self._sessions[session.number] = session
             self._come.append(session)
@@ -175,10 +181,16 @@ class Live:
     # From one thread
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set."""
-        while not stop.is_set():
-            if not self.turn():
-                self.wait(0.05)
+        """Serve until `stop` is set; then, or if something fails, all sessions are told that nothing more comes."""
+        try:
+            while not stop.is_set():
+                if not self.turn():
+                    self.wait(0.05)
+        finally:
+            with self._wake:
+                for session in self._sessions.values():
+                    session.emit(None)
+                self._sessions.clear()
 
     def warm(self, told: Callable[[str], None] = lambda step: None) -> None:
         """Compile everything that serving needs, so that nobody has to wait for it. Only before the first session.
@@ -248,7 +260,7 @@ class Live:
         self._now = end
         return True
 
-    def _at(self, slot: int) -> _Session:
+    def _at(self, slot: int) -> Session:
         return self._sessions[int(self.seats.id[slot])]
 
     def _admit(self) -> float | None:
@@ -283,7 +295,7 @@ class Live:
         ask = session.ask
         return Asked(session.arrival, len(ask.prompt), ask.limit, ask.ttft, ask.tds)
 
-    def _cancel(self, session: _Session) -> None:
+    def _cancel(self, session: Session) -> None:
         found = np.flatnonzero(self.seats.id == session.number)
         if session in self._come:
             self._come.remove(session)
@@ -297,7 +309,7 @@ class Live:
         else:
             self._end(session, int(found[0]))
 
-    def _end(self, session: _Session, slot: int | None = None) -> None:
+    def _end(self, session: Session, slot: int | None = None) -> None:
         if slot is not None:
             self.seats.leave(np.array([slot]))
         del self._sessions[session.number]
@@ -344,144 +356,6 @@ class Live:
         draw, how = _sampling([session], 0)
         return int(_first(self.model, h, count - 1, draw, how=how)[0])
 
-    # Afterwards
-
-    def result(self) -> Result:
-        """What became of the sessions that were recorded; those without a token are left out.
-
-        Raises:
-            ValueError: if nothing was.
-        """
-        if self.record is None or not self.record.sessions:
-            raise ValueError("nothing was recorded")
-        some = [session for session in self.record.sessions if session.tokens]
-        first = some[0].arrival
-        load = Workload(
-            np.array([session.arrival - first for session in some]),
-            np.array([len(session.ask.prompt) for session in some]),
-            np.array([len(session.tokens) for session in some]),
-            np.array([session.ask.ttft for session in some]),
-            np.array([session.ask.tds for session in some]),
-        )
-        ends, log = np.concatenate([[0], np.cumsum(load.output)]), self.record.log
-        busy = sum(end - start for end, (_, start, *_) in zip(self.record.ends, log, strict=True))
-        return Result(
-            load, 1, ends, np.concatenate([session.times for session in some]) - first, [],
-            seconds=self.record.ends[-1] - first, busy=busy, iterations=len(log),
-            preemptions=self.record.preemptions, log=log,
-        )  # fmt: skip
-
-
-def play(live: Live, load: Workload, prompts: Sequence[list[int]]) -> Result:
-    """Serve a workload as it comes, in real time, and wait for its end. `live` must record, and not be in use.
-
-    Raises:
-        ValueError: if a prompt has another length than the workload says.
-    """
-    for i, (prompt, length) in enumerate(zip(prompts, load.prompt.tolist(), strict=True)):
-        if len(prompt) != length:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, the workload says {length}")
-
-    def send() -> None:
-        for i, prompt in enumerate(prompts):
-            time.sleep(max(0.0, start + load.arrival[i] - live.clock()))
-            live.submit(Ask(prompt, int(load.output[i]), ttft=load.ttft[i], tds=load.tds[i]))
-
-    start = live.clock()
-    sender = threading.Thread(target=send)
-    sender.start()
-    while live.turn() or sender.is_alive() or live.seats.requests:
-        if live._idle:
-            live.wait(0.05)
-    sender.join()
-    return live.result()
-
-
-def measure(model: Decoder, sessions: int = 8, repeats: int = 3) -> Fitted:
-    """What iterations of a model take on this machine: prefills of one prompt, and steps of up to so many sessions."""
-    live, most = Live(model, FCFS(), sessions=sessions), model.size - 4 * (repeats + 2)
-    prefills, decodes = [], []
-
-    def turn() -> float:
-        start = time.perf_counter()
-        live.turn()
-        return time.perf_counter() - start
-
-    def end() -> None:
-        for number in list(live._sessions):
-            live.cancel(number)
-        live.turn()
-
-    lengths = [length for length in LENGTHS if length <= most]
-    for length in lengths[:: max(1, len(lengths) // 6)]:
-        times = []
-        for _ in range(repeats + 1):  # the first one may compile
-            live.submit(Ask([0] * length, 2))
-            times.append(turn())
-            end()
-        prefills += [(length, seconds) for seconds in times[1:]]
-    for count in (1 << i for i in range(sessions.bit_length())):
-        for length in (most // 8, most // 2):
-            for _ in range(count):
-                live.submit(Ask([0] * max(1, length), 4 + repeats))
-            while any(status != DECODING for status in live.seats.status[live.seats.id >= 0]) or live._come:
-                live.turn()
-            turn()
-            for _ in range(repeats):
-                context = int(live.seats.done[live.seats.id >= 0].sum())
-                decodes.append((count, context, turn()))
-            end()
-    kv_bytes, spec = live.engine.cost.kv_bytes, _spec(model)
-    return Fitted.to(prefills, decodes, kv_bytes=kv_bytes, kv_tokens=live.engine.tokens, spec=spec)
-
-
-def _spec(model: Decoder) -> LMSpec:
-    config = model.config
-    return LMSpec(config.layers, config.width, config.heads, config.kv_heads, config.hidden, config.vocab, bytes=4)
-
-
-class _Measured:
-    """The cost of iterations that have been: each takes what it took; if there are more, what one took on average."""
-
-    def __init__(self, live: Live):
-        assert live.record is not None
-        self.kv_bytes, self.kv_tokens = live.engine.cost.kv_bytes, live.engine.cost.kv_tokens
-        times = [end - start for end, (_, start, *_) in zip(live.record.ends, live.record.log, strict=True)]
-        self.times, self.mean = iter(times), float(np.mean(times))
-
-    def iteration(self, work: Work) -> float:
-        return next(self.times, self.mean)
-
-    def decode_steps(self, decode: Any, k: int) -> Any:
-        raise NotImplementedError("iterations are replayed one by one")
-
-    def weight_bytes(self, work: Work) -> float:
-        return 0.0
-
-    traffic = weight_bytes
-
-
-def replay(live: Live, scheduler: Scheduler) -> Result:
-    """The recorded requests once more, simulated: a scheduler that decides as the one that was live has the same log.
-
-    Its times may differ in the last digits, since the simulator adds them up.
-
-    Raises:
-        ValueError: if nothing was recorded.
-    """
-    if live.record is None or not live.record.sessions:
-        raise ValueError("nothing was recorded")
-    sessions = live.record.sessions
-    load = Workload(
-        np.array([session.arrival for session in sessions]),
-        np.array([len(session.ask.prompt) for session in sessions]),
-        np.array([len(session.tokens) for session in sessions]),
-        np.array([session.ask.ttft for session in sessions]),
-        np.array([session.ask.tds for session in sessions]),
-    )
-    engine = replace(live.engine, cost=_Measured(live), kv_tokens=live.engine.tokens, host=np.inf)
-    return simulate_serving(load, [engine], scheduler, record=True)
-
 
 # What runs on the device
 
@@ -513,7 +387,7 @@ def _put(memory, stream, away):
     return jax.tree.map(lambda x, y: x.at[stream].set(y), memory, away)
 
 
-def _sampling(sessions: list[_Session], pad: int) -> tuple[Draw, str]:
+def _sampling(sessions: list[Session], pad: int) -> tuple[Draw, str]:
     column: Any = lambda f, kind: np.pad(np.array([f(session) for session in sessions], kind), (0, pad))
     draw = Draw(
         column(lambda s: s.ask.temperature, np.float32), column(lambda s: s.ask.top_p, np.float32),
