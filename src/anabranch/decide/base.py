@@ -94,9 +94,9 @@ def ucb(stats: ArmStats, bonus: Float[Array, ""] | float) -> Float[Array, " k"]:
 def choose(index: Float[Array, " k"], eligible: Bool[Array, " k"], key: PRNGKeyArray) -> Int[Array, ""]:
     """The eligible arm of highest index, ties broken at random; -1 if no arm is eligible."""
     index = jnp.where(eligible, index, -jnp.inf)
-    best = eligible & (index == index.max())
-    arm = jnp.argmax(jnp.where(best, jax.random.uniform(key, index.shape), -1.0))
-    return jnp.where(eligible.any(), arm, -1).astype(jnp.int32)
+    upto = jnp.cumsum(eligible & (index == index.max()))
+    which = jnp.floor(jax.random.uniform(key) * upto[-1])  # one number for all: drawing is what a decision costs most
+    return jnp.where(upto[-1] > 0, jnp.argmax(upto > which), -1).astype(jnp.int32)
 
 
 def beta(key: PRNGKeyArray, a: Float[Array, " k"], b: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -162,7 +162,7 @@ class Bandit(Policy):
         return BanditState(ArmStats.zeros(self.k), jnp.zeros((), jnp.int32), _default(key))
 
     def act(self, state: BanditState, x: PyTree) -> tuple[BanditState, Decision]:
-        draw, tie = jax.random.split(noise(state.key, state.t))
+        draw, tie = noise(state.key, state.t), noise(state.key, state.t, "tie")
         arm = choose(self.index(state, draw), self.eligible(x), tie)
         state = BanditState(state.stats.pull(arm), state.t + 1, state.key)
         return state, Decision(arm, jnp.zeros(()), state.stats.clock)
@@ -266,7 +266,7 @@ class Exp3IX(Bandit):
         t = state.t + 1
         logits = jnp.where(x, -self.eta(t) * state.stats, -jnp.inf)
         logp = jnp.where(x.any(), logits - jax.nn.logsumexp(jnp.where(x.any(), logits, 0.0)), 0.0)
-        draw, tie = jax.random.split(noise(state.key, state.t))
+        draw, tie = noise(state.key, state.t), noise(state.key, state.t, "tie")
         arm = choose(logp + jax.random.gumbel(draw, (self.k,)), x, tie)
         return state._replace(t=t), Decision(arm, logp[arm], t)
 
