@@ -11,7 +11,7 @@ the arena shows what a method does as it comes, claims and benchmarks compare me
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -49,10 +49,12 @@ from anabranch.drive import Loop
 
 POINTS = 50
 """At so many times a game is looked at, if they divide its rounds."""
+LEAST = 100
+"""Rounds that a game must have."""
 
 
 class Problem(NamedTuple):
-    """A world and who can play it. All but the names are functions of the rounds of a game."""
+    """A world and who can play it. Functions are given the rounds of a game."""
 
     name: str
     about: str
@@ -145,40 +147,46 @@ def chosen(
 
     Raises:
         LookupError: if there is no problem or no policy of a name, or none of the policies plays any of the problems.
+        ValueError: if `rounds` is too few for a game.
     """
+    if rounds is not None and rounds < LEAST:
+        raise ValueError(f"a game has at least {LEAST} rounds, got {rounds}")
     named = {problem.name: problem for problem in PROBLEMS}
     for name in problems:
         if name not in named:
             raise LookupError(f"no problem {name!r}{did_you_mean(name, list(named))}; there are {', '.join(named)}")
     every = [(p, name, policy) for p in PROBLEMS for name, policy in p.players(rounds or p.rounds).items()]
+    known = sorted({name for _, name, _ in every})
     for name in policies:
-        known = sorted({player for _, player, _ in every})
         if name not in known:
             raise LookupError(f"no policy {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
-    found = [
-        game for game in every
-        if (not problems or game[0].name in problems) and (not policies or game[1] in policies)
-    ]  # fmt: skip
+    wanted = lambda problem, policy: problem in (problems or named) and policy in (policies or known)
+    found = [game for game in every if wanted(game[0].name, game[1])]
     if not found:
         raise LookupError(f"none of {', '.join(policies)} plays any of {', '.join(problems)}")
     return found
 
 
 def play_all(
-    problems: Sequence[str] = (), policies: Sequence[str] = (), seeds: int = 8, rounds: int | None = None
-) -> Iterator[Score]:
-    """The scores of all games that are `chosen`, as they end.
+    problems: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    seeds: int = 8,
+    rounds: int | None = None,
+    told: Callable[[int, int, str], None] = lambda done, games, now: None,
+) -> list[Score]:
+    """The scores of all games that are `chosen`; `told` is given how many are done, of how many, and which is next.
 
     Raises:
         LookupError: if a name is not known.
-        ValueError: if `seeds` is not positive, or `rounds` is less than 50.
+        ValueError: if `seeds` is not positive, or `rounds` is too few.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be positive, got {seeds}")
-    if rounds is not None and rounds < POINTS:
-        raise ValueError(f"a game has at least {POINTS} rounds, got {rounds}")
-    for problem, name, policy in chosen(problems, policies, rounds):
-        yield play_one(problem, name, policy, seeds, rounds)
+    games, scores = chosen(problems, policies, rounds), []
+    for done, (problem, name, policy) in enumerate(games):
+        told(done, len(games), f"{problem.name}: {name}")
+        scores.append(play_one(problem, name, policy, seeds, rounds))
+    return scores
 
 
 def ranked(scores: Sequence[Score]) -> dict[str, list[Score]]:
@@ -251,11 +259,12 @@ def _drifting(rounds: int, draw: np.random.Generator) -> Env:
 
 
 def _adversarial(rounds: int, draw: np.random.Generator) -> Env:
-    """Phases of twice the length: arms of a group earn all in one and nothing in the next, one arm .6 throughout."""
-    phase = np.floor(np.log2(1 + np.arange(rounds) / 50)).astype(int) % 2
-    rewards = np.where(phase[:, None] == np.arange(K) % 2, 0.9, 0.1)
-    rewards[:, draw.integers(K)] = 0.6
-    return TraceEnv((draw.uniform(size=rewards.shape) < rewards).astype(np.float32))
+    """The best arm of the first third earns nothing after it, when another one always does."""
+    rewards = np.full((rounds, K), 0.2)
+    bait, best = draw.choice(K, 2, replace=False)
+    early = np.arange(rounds) < rounds // 3
+    rewards[:, bait], rewards[:, best] = np.where(early, 0.7, 0.0), np.where(early, 0.3, 1.0)
+    return TraceEnv(jnp.asarray(draw.uniform(size=rewards.shape) < rewards, jnp.float32))
 
 
 D = 8
@@ -268,7 +277,7 @@ def _contextual(rounds: int, draw: np.random.Generator) -> Env:
 
 def _in_context(rounds: int) -> dict[str, Policy]:
     blind = {name: baselines.Blind(policy) for name, policy in _bandits(rounds).items() if name in ("UCB1", "Thompson")}
-    return {"LinUCB": LinUCB(K, D), "linear Thompson": LinThompson(K, D)} | blind
+    return {"LinUCB": LinUCB(K, D), "linear Thompson": LinThompson(K, D), **blind}
 
 
 def _payments(rounds: int, seeds: range) -> Env:
@@ -301,9 +310,9 @@ def _passing(rounds: int, draw: np.random.Generator) -> Env:
 def _readers(rounds: int) -> dict[str, Policy]:
     horizon = float(rounds)
     return {
-        "promotion, tower": streaming_bandits.Promotion(ARMS, horizon, "tower"),
-        "promotion, star": streaming_bandits.Promotion(ARMS, horizon, "star"),
-        "promotion, loglog": streaming_bandits.Promotion(ARMS, horizon, "loglog"),
+        "promotion tower": streaming_bandits.Promotion(ARMS, horizon, "tower"),
+        "promotion star": streaming_bandits.Promotion(ARMS, horizon, "star"),
+        "promotion loglog": streaming_bandits.Promotion(ARMS, horizon, "loglog"),
         "king of arms": streaming_bandits.KingOfArms(ARMS, horizon),
         "naive": streaming_bandits.NaiveEps(ARMS, horizon),
         "uniform exploration": streaming_bandits.UniformExploration(ARMS, horizon),
@@ -321,35 +330,43 @@ def _purse(rounds: int) -> Budget:
     return Budget([RHO * rounds], float(rounds))
 
 
-def _trap(rounds: int) -> BudgetedTrace:
-    """What is cheap in the first half is dear in the second."""
+def _trap(rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards (T, 3) and costs (T, 3, 1): what is cheap in the first half is dear in the second."""
     early = (np.arange(rounds) < rounds // 2)[:, None]
     costs = np.where(early, [-BETA, 0.1, 0.1], [-BETA, 1.0, 0.1])
-    return BudgetedTrace(np.tile([0.0, 0.5, 0.2], (rounds, 1)), costs[:, :, None], reveal="full")
+    return np.tile([0.0, 0.5, 0.2], (rounds, 1)), costs[:, :, None]
 
 
 def _in_hindsight(rounds: int) -> float:
-    trap = _trap(rounds)
-    return rounds * fluid(trap.rewards.mean(0), trap.costs.mean(0), [RHO]).value
+    rewards, costs = _trap(rounds)
+    return rounds * fluid(rewards.mean(0), costs.mean(0), [RHO]).value
 
 
-def _spenders(primal: Callable[[int], Policy], name: str, k: int) -> Callable[[int], dict[str, Policy]]:
+def _spenders(primal: type[Hedge], name: str, k: int) -> Callable[[int], dict[str, Policy]]:
     return lambda rounds: {
-        f"BwRK, {name}": BwRK(primal(k), _purse(rounds), BETA),
-        f"BwK, {name}": baselines.Ending(primal(k), _purse(rounds)),
-        f"greedy, {name}": baselines.Greedy(primal(k), _purse(rounds)),
+        f"BwRK {name}": BwRK(primal(k), _purse(rounds), BETA),
+        f"BwK {name}": baselines.Ending(primal(k), _purse(rounds)),
+        f"greedy {name}": baselines.Greedy(primal(k), _purse(rounds)),
         "UCB1": base.UCB1(k),
     }
+
+
+BIDS = 0.03
+"""What may be spent in an auction on average; from .08 on it would not bind."""
+
+
+def _bids(rounds: int) -> Budget:
+    return Budget([BIDS * rounds], float(rounds))
 
 
 def _bidders(reveal: Reveal) -> Callable[[int], dict[str, Policy]]:
     def players(rounds: int) -> dict[str, Policy]:
         points = math.ceil(math.sqrt(rounds)) + 1
         return {
-            "learned G and price": FirstPriceBidder(_purse(rounds), points, reveal),
-            "no price": baselines.Unpaced(_purse(rounds), points, reveal),
-            "second-price pacing": baselines.SecondPrice(_purse(rounds), points, reveal),
-            "half the value": baselines.Shade(_purse(rounds), 2, reveal, share=0.5),
+            "learned G and price": FirstPriceBidder(_bids(rounds), points, reveal),
+            "no price": baselines.Unpaced(_bids(rounds), points, reveal),
+            "second-price pacing": baselines.SecondPrice(_bids(rounds), points, reveal),
+            "half the value": baselines.Shade(_bids(rounds), 2, reveal, share=0.5),
         }
 
     return players
@@ -357,19 +374,19 @@ def _bidders(reveal: Reveal) -> Callable[[int], dict[str, Policy]]:
 
 def _auctioned(rounds: int) -> float:
     grid = np.linspace(0, 1, 1001)
-    return rounds * first_price(grid, grid, grid, RHO).value
+    return rounds * first_price(grid, grid, grid, BIDS).value
 
 
 def _auction(reveal: Reveal) -> Problem:
     return Problem(
-        f"auctions, {reveal.replace('_', '-')}",
+        f"auctions-{reveal.replace('_', '-')}",
         "First-price auctions under a budget; "
         + ("every other bid is shown." if reveal == "full" else "only the winning bid is shown."),
         "reward / fluid optimum", "higher", 20_000,
         worlds=same(lambda rounds: FirstPriceDraws(uniform, uniform, reveal=reveal)),
         players=_bidders(reveal),
         meter=lambda world, rounds: Share(optimum=_auctioned(rounds)),
-        budget=_purse,
+        budget=_bids,
     )  # fmt: skip
 
 
@@ -397,7 +414,7 @@ FORECASTS, BLOCKS, APART = 5, 8, 30.0
 def _mixtures(rounds: int) -> dict[str, Policy]:
     return {
         "shared weights": mixing.ShareMix(FORECASTS, APART),
-        "shared weights, by transport": mixing.ShareMix(FORECASTS, APART, by_transport=True),
+        "shared weights by transport": mixing.ShareMix(FORECASTS, APART, by_transport=True),
         "Hedge": mixing.ShareMix(FORECASTS, APART, share=0.0),
         "layered": mixing.LayeredMix(FORECASTS),
         "MIN operator": mixing.Cheapest(FORECASTS),
@@ -407,7 +424,7 @@ def _mixtures(rounds: int) -> dict[str, Policy]:
 
 def _asking(rounds: int) -> dict[str, Policy]:
     return {
-        "shared weights, one query": mixing.BanditShareMix(FORECASTS, APART),
+        "shared weights asked": mixing.BanditShareMix(FORECASTS, APART),
         "round robin": baselines.Turns(FORECASTS),
     }
 
@@ -442,7 +459,8 @@ PROBLEMS: tuple[Problem, ...] = (
         regret=True,
     ),
     Problem(
-        "adversarial", "Arms that earn all in one phase and nothing in the next; against the best fixed arm.",
+        "adversarial", "The best arm of the first third then earns nothing. Against the best fixed arm, which one that "
+        "forgets may beat.",
         "regret", "lower", 50_000,
         worlds=drawn(_adversarial), players=_bandits, meter=lambda world, rounds: Regret(world),
     ),
@@ -457,7 +475,7 @@ PROBLEMS: tuple[Problem, ...] = (
         worlds=_payments, players=_routers, meter=lambda world, rounds: DynamicRegret(world), regret=True,
     ),
     Problem(
-        "single pass", f"{ARMS} arms that come by once, of which a few can be stored. A round is a pull; a decision, a "
+        "single-pass", f"{ARMS} arms that come by once, of which a few can be stored. A round is a pull; a decision, a "
         "batch of pulls.", "regret", "lower", PULLS,
         worlds=drawn(_passing), players=_readers, meter=lambda world, rounds: PullRegret(world),
     ),
@@ -468,9 +486,9 @@ PROBLEMS: tuple[Problem, ...] = (
         meter=lambda world, rounds: Share(optimum=rounds * fluid(REWARDS, COSTS, [RHO]).value), budget=_purse,
     ),
     Problem(
-        "knapsack, trap", "What is cheap becomes dear half-way; all outcomes are shown.",
+        "knapsack-trap", "What is cheap becomes dear half-way; all outcomes are shown.",
         "reward / best mixture in hindsight", "higher", 20_000,
-        worlds=same(_trap), players=_spenders(Hedge, "Hedge", 3),
+        worlds=same(lambda rounds: BudgetedTrace(*_trap(rounds), reveal="full")), players=_spenders(Hedge, "Hedge", 3),
         meter=lambda world, rounds: Share(optimum=_in_hindsight(rounds)), budget=_purse,
     ),
     _auction("full"),
@@ -482,13 +500,14 @@ PROBLEMS: tuple[Problem, ...] = (
         players=_pickers, meter=lambda world, rounds: CumReward(), games=ORDERS,
     ),
     Problem(
-        "predictions", f"{FORECASTS} forecasts, of which another is good in each of {BLOCKS} blocks; moving costs.",
+        "predictions", f"{FORECASTS} forecasts, of which another is good in each of {BLOCKS} blocks; moving costs. Who changes more "
+        "often than the optimum may, may beat it.",
         f"paid / optimum with {BLOCKS - 1} changes", "lower", 8_000,
         worlds=lambda rounds, seeds: stacked([followers(rounds, s, FORECASTS, BLOCKS) for s in seeds]),
         players=_mixtures, meter=lambda world, rounds: Competitive(world, BLOCKS - 1),
     ),
     Problem(
-        "predictions, one query", "The same, but one forecast is heard in a step.",
+        "predictions-asked", "The same, but one forecast is heard in a step.",
         f"paid / optimum with {BLOCKS - 1} changes", "lower", 8_000,
         worlds=lambda rounds, seeds: stacked([followers(rounds, s, FORECASTS, BLOCKS).asked() for s in seeds]),
         players=_asking, meter=lambda world, rounds: Competitive(world, BLOCKS - 1),
