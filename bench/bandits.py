@@ -159,7 +159,7 @@ def river_peers() -> tuple[dict[str, Theirs], dict[str, Theirs]]:
     def contextual(policy) -> Bandit:
         return (
             lambda x: policy.pull(ARMS, context=x),
-            lambda x, arm, reward: policy.update(arm, context=x, reward=reward),
+            lambda x, arm, reward: policy.update(arm, x, reward),
         )
 
     fading = [0.002, 0.01, 0.03, 0.1]

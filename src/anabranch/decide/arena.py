@@ -500,8 +500,8 @@ PROBLEMS: tuple[Problem, ...] = (
         players=_pickers, meter=lambda world, rounds: CumReward(), games=ORDERS,
     ),
     Problem(
-        "predictions", f"{FORECASTS} forecasts, of which another is good in each of {BLOCKS} blocks; moving costs. Who changes more "
-        "often than the optimum may, may beat it.",
+        "predictions", f"{FORECASTS} forecasts, of which another is good in each of {BLOCKS} blocks; moving costs. One "
+        "that changes more often than the optimum may can beat it.",
         f"paid / optimum with {BLOCKS - 1} changes", "lower", 8_000,
         worlds=lambda rounds, seeds: stacked([followers(rounds, s, FORECASTS, BLOCKS) for s in seeds]),
         players=_mixtures, meter=lambda world, rounds: Competitive(world, BLOCKS - 1),
