@@ -86,7 +86,7 @@ class LinUCB(Bandit):
         ridge, features = state.stats, x.features
         sd = jnp.sqrt(jnp.maximum(jnp.einsum("kij,i,j->k", ridge.inverse, features, features), 0.0))
         index = ridge.weights @ features + self.optimism(sd, noise(state.key, state.t))
-        arm = choose(index, x.eligible, noise(state.key, state.t, "tie"))
+        arm = choose(index, x.eligible, state.key, state.t)
         return state._replace(t=state.t + 1), Decision(arm, jnp.zeros(()))
 
     def learn(self, state, x: Context, decision, feedback):
