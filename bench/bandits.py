@@ -27,12 +27,16 @@ import numpy as np
 from rich.progress import track
 
 from anabranch.cell import Policy
-from anabranch.decide.arena import PROBLEMS, D, K, stacked
+from anabranch.decide.arena import BETA, COSTS, PROBLEMS, REWARDS, RHO, D, K, stacked
 from anabranch.decide.arm_stream import ArmStream, PullRegret
 from anabranch.decide.base import UCB1, CumReward, DynamicRegret, EpsilonGreedy, Exp3IX, Thompson, TraceEnv
+from anabranch.decide.budget import Budget, BudgetedDice, BudgetRegret
 from anabranch.decide.linear import Context, LinThompson, LinUCB
+from anabranch.decide.minimizers import Exp3
+from anabranch.decide.optimum import fluid
 from anabranch.decide.payment_routing import DiscountedThompson, DiscountedUCB, SlidingWindowUCB
 from anabranch.decide.rates import mean, slope
+from anabranch.decide.replenishable_knapsacks import BwRK
 from anabranch.decide.streaming_bandits import Promotion
 from anabranch.decide.worlds import Slots
 from anabranch.drive import play
@@ -259,7 +263,7 @@ def compare(smoke: bool) -> dict[str, Any]:
     for peers in (river_peers, mabwiser_peers, vowpal_peers):
         one, other = peers()
         plain, contextual = plain | one, contextual | other
-    rounds, tuning, scored = (200, range(100, 101), range(1)) if smoke else (5000, range(100, 102), range(8))
+    rounds, tuning, scored = (200, range(100, 101), range(1)) if smoke else (4000, range(100, 102), range(5))
     out: dict[str, Any] = {"rounds": rounds, "seeds": {"tuning": len(tuning), "scored": len(scored)}}
     for problem in ("stochastic", "drifting", "contextual"):
         games = {seeds: tables(problem, rounds, seeds) for seeds in (tuning, scored)}
@@ -304,23 +308,25 @@ def speed(smoke: bool) -> dict[str, Any]:
     """Decisions a second of UCB1 with ten arms: choosing, the world's answer, and learning from it."""
     rounds, some, repeats = (2000, 4, 2) if smoke else (2_000_000, 64, 7)
     chance = np.linspace(0.1, 0.9, K, dtype=np.float32)
-    recorded = TraceEnv(jnp.asarray(np.random.default_rng(0).uniform(size=(rounds, K)) < chance, jnp.float32))
-    drawing = Slots(jnp.asarray(chance[None]))
+    table = (np.random.default_rng(0).uniform(size=(rounds, K)) < chance).astype(np.float32)
+    record, drawing = lambda rows: TraceEnv(jnp.asarray(rows)), Slots(jnp.asarray(chance[None]))
+    worlds = {
+        "recorded": [record(table)],
+        "recorded, side by side": [record(part) for part in np.split(table, some)],
+        "drawing": [drawing],
+        "drawing, side by side": [drawing] * some,
+    }
     out: dict[str, Any] = {}
-    for name, world, games in (
-        ("recorded", recorded, 1),
-        ("drawing", drawing, 1),
-        ("drawing, side by side", drawing, some),
-    ):
-        keys, length = jax.random.split(jax.random.PRNGKey(0), games), rounds // games
-        args = (world, keys[0], length) if games == 1 else (stacked([world] * games), keys, length)
+    for name, games in worlds.items():
+        keys, length = jax.random.split(jax.random.PRNGKey(0), len(games)), rounds // len(games)
+        args = (stacked(games), keys, length) if len(games) > 1 else (games[0], keys[0], length)
         compiled: Any = rewards.lower(*args).compile()  # pyright: ignore
         found = []
         for _ in range(repeats):
             start = time.perf_counter()
             jax.block_until_ready(compiled(*args))
-            found.append(games * length / (time.perf_counter() - start))
-        out[name] = {"games": games, "decisions_per_s": spread(found)}
+            found.append(rounds / (time.perf_counter() - start))
+        out[name] = {"games": len(games), "decisions_per_s": spread(found)}
     return out
 
 
@@ -353,8 +359,16 @@ def growth(smoke: bool) -> dict[str, Any]:
 
         return jax.jit(jax.vmap(run))(arms, keys)
 
+    def knapsack(rounds: int):
+        world, budget = BudgetedDice(REWARDS, COSTS), Budget([RHO * rounds], float(rounds))
+        policy = BwRK(Exp3(len(REWARDS)), budget, BETA)
+        meters = {"r": BudgetRegret(fluid(REWARDS, COSTS, [RHO]).value, world)}
+        run = lambda key: play(policy, world, rounds, key=key, meters=meters, keep=False).scores["r"]
+        return jax.jit(jax.vmap(run))(keys)
+
     out: dict[str, Any] = {"horizons": [10**p for p in powers], "seeds": len(keys)}
     runs = {"UCB1": bandit(UCB1(K)), "EXP3-IX": bandit(Exp3IX(K)), "single pass, tower": tower}
+    runs |= {} if smoke else {"knapsack, BwRK": knapsack}
     for name, run in track(runs.items(), description="growth"):
         found = np.stack([np.asarray(run(10**p), float) for p in powers], axis=1)
         fits = {

@@ -214,7 +214,7 @@ class Share(CumReward):
 
 def stacked(worlds: Sequence[Env]) -> Env:
     """Worlds of one shape as one with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *worlds)
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *worlds)
 
 
 def same(make: Callable[[int], Env]) -> Callable[[int, range], Env]:
