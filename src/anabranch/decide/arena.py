@@ -512,8 +512,8 @@ PROBLEMS: tuple[Problem, ...] = (
         worlds=lambda rounds, seeds: stacked([followers(rounds, s, FORECASTS, BLOCKS).asked() for s in seeds]),
         players=_asking, meter=lambda world, rounds: Competitive(world, BLOCKS - 1),
     ),
-    _control(CartPole(), "A pole on a cart; 1 a step until it falls, at most 500.", 50_000),
-    _control(Acrobot(), "Two links to be swung up; -1 a step.", 50_000),
-    _control(Pendulum(), "A pendulum to be held up by a torque; 200 steps.", 50_000),
+    _control(CartPole(), "A pole on a cart; 1 a step until it falls, at most 500.", 30_000),
+    _control(Acrobot(), "Two links to be swung up; -1 a step.", 30_000),
+    _control(Pendulum(), "A pendulum to be held up by a torque; 200 steps.", 30_000),
 )  # fmt: skip
 """All problems of the arena."""
