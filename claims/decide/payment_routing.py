@@ -42,8 +42,8 @@ GAMMA = (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 BONUS = (0.1, 0.2, 0.5, 1.41)
 WINDOW = (50, 100, 200, 500, 1000)
 SCARCE = (
-    "With 3.5 payments a minute and context, outages are short, and what forgetting saves in them is spent on exploring "
-    "five processors for ever; with ten times as many D-UCB has .78 of UCB1's regret (see the experiment's docstring)"
+    "With 3.5 payments a minute and context, what forgetting saves in short outages is spent on exploring five "
+    "processors for ever; with ten times as many, D-UCB has .78 of UCB1's regret (see the experiment's docstring)"
 )
 PAPER = "success rate +0.92 % in one month live, against rules"
 

@@ -450,18 +450,18 @@ def _control(world: Classic, about: str, rounds: int) -> Problem:
 
 PROBLEMS: tuple[Problem, ...] = (
     Problem(
-        "stochastic", f"{K} arms that pay with fixed chances, drawn from [0, 1].", "regret", "lower", 50_000,
+        "stochastic", f"{K} arms that pay with fixed chances, drawn from [0, 1].", "regret", "lower", 30_000,
         worlds=drawn(_stochastic), players=_bandits, meter=lambda world, rounds: DynamicRegret(world), regret=True,
     ),
     Problem(
         "drifting", f"{K} arms whose chances walk; against the best arm of each round.", "dynamic regret", "lower",
-        50_000, worlds=drawn(_drifting), players=_bandits, meter=lambda world, rounds: DynamicRegret(world),
+        30_000, worlds=drawn(_drifting), players=_bandits, meter=lambda world, rounds: DynamicRegret(world),
         regret=True,
     ),
     Problem(
         "adversarial", "The best arm of the first third then earns nothing. Against the best fixed arm, which one that "
         "forgets may beat.",
-        "regret", "lower", 50_000,
+        "regret", "lower", 30_000,
         worlds=drawn(_adversarial), players=_bandits, meter=lambda world, rounds: Regret(world),
     ),
     Problem(
@@ -481,7 +481,7 @@ PROBLEMS: tuple[Problem, ...] = (
     ),
     Problem(
         "knapsack", "Arms that spend and refill a budget, drawn alike in all rounds.", "reward / fluid optimum",
-        "higher", 50_000,
+        "higher", 30_000,
         worlds=same(lambda rounds: BudgetedDice(REWARDS, COSTS)), players=_spenders(Exp3, "EXP3", len(REWARDS)),
         meter=lambda world, rounds: Share(optimum=rounds * fluid(REWARDS, COSTS, [RHO]).value), budget=_purse,
     ),
