@@ -441,7 +441,9 @@ def _control(world: Classic, about: str, rounds: int) -> Problem:
         return out | {"random": baselines.RandomActions(n, box)}
 
     return Problem(
-        type(world).__name__, about, "mean return in the last third", "higher", rounds,
+        type(world).__name__,
+        f"{about} Until the last third the curve is the return so far of the episode that runs.",
+        "mean return in the last third", "higher", rounds,
         worlds=same(lambda rounds: world),
         players=players,
         meter=lambda world, rounds: EpisodeReturn(rounds - rounds // 3),
