@@ -18,7 +18,8 @@ from jax.tree_util import Partial
 from anabranch import data
 from anabranch.claim import Comparison, Size
 from anabranch.decide.base import CumReward
-from anabranch.decide.budget import Budget, BudgetRegret, Multipliers, Spent
+from anabranch.decide.baselines import SecondPrice, Shade, Unpaced
+from anabranch.decide.budget import Budget, BudgetRegret, Spent
 from anabranch.decide.first_price_budgets import FirstPriceBidder, FirstPriceDraws, FirstPriceTrace, uniform
 from anabranch.decide.optimum import first_price
 from anabranch.decide.rates import slope
@@ -44,31 +45,6 @@ def lognormal(u):
 
 def lognormal_chance(b):
     return jnp.where(b >= 1, 1.0, norm.cdf((jnp.log(jnp.maximum(b, 1e-30)) + 1) / 0.5))
-
-
-class Unpaced(FirstPriceBidder):
-    """λ = 0: bids until nothing is left."""
-
-    @property
-    def prices(self):
-        return Multipliers(1, 0.0)
-
-
-class SecondPrice(FirstPriceBidder):
-    """Pacing as in second-price auctions: v / (1 + λ)."""
-
-    def bid(self, state, value):
-        bid = value / (1 + state.lam[0])
-        return bid, jnp.interp(bid, self.grid, self.chance(state))
-
-
-class Shade(FirstPriceBidder):
-    """The same share of every value."""
-
-    share: jax.Array = eqx.field(kw_only=True)
-
-    def bid(self, state, value):
-        return self.share * value, jnp.zeros(())
 
 
 class Informed(FirstPriceBidder):

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from anabranch import data
-from anabranch.cell import Decision, Policy
+from anabranch.cell import Policy
 from anabranch.claim import Comparison, Size
 from anabranch.decide.base import CumReward
-from anabranch.decide.metrical import MTS, Move, dynamic_optimum
+from anabranch.decide.baselines import Turns
+from anabranch.decide.metrical import MTS, dynamic_optimum
 from anabranch.decide.mixing_predictions import BanditShareMix, Cheapest, LayeredMix, ShareMix
 from anabranch.drive import play_seeds
 
@@ -114,19 +115,6 @@ def replicas(seconds: int) -> MTS:
 
 
 # What is compared
-
-
-class Turns(Policy):
-    """Round robin: each predictor for 1000 steps."""
-
-    n: int = eqx.field(static=True)
-
-    def init(self, *, key=None):
-        return jnp.zeros((), jnp.int32)
-
-    def act(self, state, x):
-        i = state // 1000 % self.n
-        return state + 1, Decision(Move(i, i))
 
 
 def alone(env: MTS) -> list[float]:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from anabranch import data
-from anabranch.cell import select
 from anabranch.claim import Comparison, Size
 from anabranch.decide.base import CumReward, Static
-from anabranch.decide.budget import Budget, BudgetedDice, BudgetedTrace, BudgetRegret, Multipliers, Spent, Sum
+from anabranch.decide.baselines import Ending, Greedy
+from anabranch.decide.budget import Budget, BudgetedDice, BudgetedTrace, BudgetRegret, Spent
 from anabranch.decide.minimizers import Exp3, Hedge
 from anabranch.decide.optimum import fluid
 from anabranch.decide.rates import Estimate, competitive_ratio, slope
@@ -98,22 +98,6 @@ def rates(size: Size) -> list[Comparison]:
 
 
 # B. Adversarial
-
-
-class Ending(BwRK):
-    """The template, but it ends when a resource is used up, as bandits with knapsacks do."""
-
-    def learn(self, state, x, decision, feedback):
-        new = super().learn(state, x, decision, feedback)
-        return new._replace(left=select(decision.aux.primal, new.left, Sum.of(-jnp.ones(self.budget.m))))
-
-
-class Greedy(Ending):
-    """Hedge on rewards alone."""
-
-    @property
-    def prices(self):
-        return Multipliers(self.budget.m, 0.0)
 
 
 def traps(rounds: int) -> dict[str, tuple[float, float, np.ndarray, np.ndarray]]:

@@ -279,6 +279,45 @@ def capacity(
         print("no system meets the goals at any rate")
 
 
+@app.command()
+def arena(
+    problems: Annotated[str, typer.Option(help="Only these: drifting,knapsack.")] = "",
+    policies: Annotated[str, typer.Option(help="Only these: UCB1,D-UCB.")] = "",
+    seeds: Annotated[int, typer.Option(help="How often each game is played.", min=1)] = 8,
+    horizon: Annotated[int | None, typer.Option(help="Rounds of a game, instead of each problem's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the page with plots is written (HTML).")] = Path("arena.html"),
+    as_json: _AsJson = False,
+) -> None:
+    """Let every policy play every problem that it can, and compare them with the true optimum."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from anabranch.decide import arena as arenas
+    from anabranch.decide import arena_report as reports
+
+    names = lambda said: [name.strip() for name in said.split(",") if name.strip()]
+    report: Path | None = out
+    try:
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True), disable=as_json, transient=True) as progress:
+            task = progress.add_task("")
+            told = lambda done, games, now: progress.update(task, completed=done, total=games, description=now)
+            scores = arenas.play_all(names(problems), names(policies), seeds, horizon, told)
+    except (ValueError, LookupError) as error:
+        _fail(error)
+    try:
+        reports.report(scores, out)
+    except (ImportError, OSError) as error:
+        report = None
+        print(f"no report: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"scores": reports.record(scores), "report": str(report) if report else None}))
+        return
+    wide, shown = Console(), reports.table(scores)
+    Console(width=max(wide.width, wide.measure(shown, options=wide.options.update(width=1000)).maximum)).print(shown)
+    if report:
+        print(f"report: {report}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

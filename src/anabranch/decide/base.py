@@ -91,12 +91,17 @@ def ucb(stats: ArmStats, bonus: Float[Array, ""] | float) -> Float[Array, " k"]:
     return jnp.where(pulls < NEVER, jnp.inf, stats.mean + bonus * jnp.sqrt(radicand))
 
 
-def choose(index: Float[Array, " k"], eligible: Bool[Array, " k"], key: PRNGKeyArray) -> Int[Array, ""]:
-    """The eligible arm of highest index, ties broken at random; -1 if no arm is eligible."""
+def choose(
+    index: Float[Array, " k"], eligible: Bool[Array, " k"], key: PRNGKeyArray, t: Int[Array, ""]
+) -> Int[Array, ""]:
+    """The eligible arm of highest index, ties broken by `noise(key, t, "tie")`; -1 if no arm is eligible."""
     index = jnp.where(eligible, index, -jnp.inf)
-    best = eligible & (index == index.max())
-    arm = jnp.argmax(jnp.where(best, jax.random.uniform(key, index.shape), -1.0))
-    return jnp.where(eligible.any(), arm, -1).astype(jnp.int32)
+    upto = jnp.cumsum(eligible & (index == index.max()))
+    most = upto[-1]
+    # To draw a number costs more than the rest of a decision, and ties are rare. In a batch all draw, one number each.
+    draw = lambda: jnp.floor(jax.random.uniform(noise(key, t, "tie")) * most)
+    which = jax.lax.cond(most > 1, draw, lambda: jnp.zeros(()))
+    return jnp.where(most > 0, jnp.argmax(upto > which), -1).astype(jnp.int32)
 
 
 def beta(key: PRNGKeyArray, a: Float[Array, " k"], b: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -162,8 +167,8 @@ class Bandit(Policy):
         return BanditState(ArmStats.zeros(self.k), jnp.zeros((), jnp.int32), _default(key))
 
     def act(self, state: BanditState, x: PyTree) -> tuple[BanditState, Decision]:
-        draw, tie = jax.random.split(noise(state.key, state.t))
-        arm = choose(self.index(state, draw), self.eligible(x), tie)
+        index = self.index(state, noise(state.key, state.t))
+        arm = choose(index, self.eligible(x), state.key, state.t)
         state = BanditState(state.stats.pull(arm), state.t + 1, state.key)
         return state, Decision(arm, jnp.zeros(()), state.stats.clock)
 
@@ -266,8 +271,7 @@ class Exp3IX(Bandit):
         t = state.t + 1
         logits = jnp.where(x, -self.eta(t) * state.stats, -jnp.inf)
         logp = jnp.where(x.any(), logits - jax.nn.logsumexp(jnp.where(x.any(), logits, 0.0)), 0.0)
-        draw, tie = jax.random.split(noise(state.key, state.t))
-        arm = choose(logp + jax.random.gumbel(draw, (self.k,)), x, tie)
+        arm = choose(logp + jax.random.gumbel(noise(state.key, state.t), (self.k,)), x, state.key, state.t)
         return state._replace(t=t), Decision(arm, logp[arm], t)
 
     def settle(self, stats, decision, reward):
