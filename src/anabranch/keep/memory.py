@@ -158,10 +158,10 @@ class Keep(eqx.Module):
     def empty(self, heads: int, width: int) -> Held:
         """A memory of `heads` keys and values of `width` numbers."""
         shape = heads, self.most + self.room
-        zero = jnp.zeros(shape)
-        kv = jnp.zeros((*shape, width))
+        mass, last, seen = (jnp.zeros(shape) for _ in range(3))  # not the same array, which could not be donated
+        k, v = (jnp.zeros((*shape, width)) for _ in range(2))
         position, budget = jnp.full(shape, -1, jnp.int32), jnp.int32(self.budget)
-        return Held(kv, kv, position, zero, zero, zero, budget, self.begin(heads), self)
+        return Held(k, v, position, mass, last, seen, budget, self.begin(heads), self)
 
     def begin(self, heads: int) -> Any:
         """What the policy remembers of a layer beside what is kept: `Held.own`."""
