@@ -38,41 +38,27 @@ def llama():
     return jax.tree.map(lambda x: 4 * x, Llama(sizes, key=jax.random.PRNGKey(0)))
 
 
-def test_what_is_new_is_read_as_the_template_would_have_it(llama):
+def test_what_is_new_is_read_as_the_template_would_have_it(llama, monkeypatch):
     """With room for all, the memory after two turns is that of the whole conversation, read at once."""
-    cell, words = Decoder(llama, keep=Sinks(400, room=64)), Bytes()
+    cell, words, turns = Decoder(llama, keep=Sinks(400, room=64)), Bytes(), []
     chat = Chat(cell, words, limit=5)
-    answers = [b"".join(map(words.bytes, _tokens(chat, text))).decode(errors="replace") for text in ("Hello", "And?")]
-    first, second = chat.heard
-    whole = words.chat(
-        [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": ""},
-            {"role": "user", "content": "And?"},
-        ]
+    take = chat._take
+    monkeypatch.setattr(chat, "_take", lambda tokens: (turns.append(list(tokens)), take(tokens))[1])
+    for text in ("Hello", "And?"):
+        list(chat.say(text))
+    asked, said = [turn for turn in turns if len(turn) > 1], [turn for turn in turns if len(turn) == 1]
+    answer = len(said) // 2  # both have as many tokens as they may
+    hello, empty, more = (
+        {"role": r, "content": c} for r, c in (("user", "Hello"), ("assistant", ""), ("user", "And?"))
     )
-    at = len(words.chat([{"role": "user", "content": "Hello"}]))
-    whole = [*whole[:at], *first, *whole[at:], *second]
-    assert chat.read == len(whole) and len(answers) == 2
+    at, both = len(words.chat([hello])), words.chat([hello, empty, more])
+    assert len(asked) == 2 and answer == 5
+    spoken = both[:at], *said[:answer], both[at:], *said[answer:]
+    whole = [token for turn in spoken for token in turn]
+    assert chat.read == len(whole)
     state, _ = cell.advance(cell.init(), jnp.array(whole))
-    next_one = jnp.int32(65)
-    np.testing.assert_allclose(cell.step(state, next_one)[1], cell.step(chat.state, next_one)[1], atol=1e-3)
-
-
-def _tokens(chat, text):
-    """The tokens of an answer, which are also noted."""
-    said, take = [], chat._take
-
-    def noted(tokens):
-        if len(tokens) == 1:
-            said.extend(tokens)
-        return take(tokens)
-
-    chat._take = noted
-    list(chat.say(text))
-    chat._take = take
-    chat.heard = [*getattr(chat, "heard", []), said]
-    return said
+    following = jnp.int32(65)
+    np.testing.assert_allclose(cell.step(state, following)[1], cell.step(chat.state, following)[1], atol=1e-3)
 
 
 def test_it_goes_on_in_bounded_memory(llama):
