@@ -10,6 +10,7 @@ Only what is new is read: what was said before is in the memory, as far as it ha
 import codecs
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -46,7 +47,8 @@ class Chat:
         self.model, self.vocabulary, self.limit = model, vocabulary, limit
         self.state, self.room = model.init(), room
         self.how = "likeliest" if temperature == 0 else "all" if top_p == 1 else "top_p"
-        self.draw = Draw(np.float32([temperature]), np.float32([top_p]), np.int32([seed]), np.int32([0]))
+        row: Any = lambda x, kind: np.array([x], kind)
+        self.draw = Draw(*(row(x, np.float32) for x in (temperature, top_p)), *(row(x, np.int32) for x in (seed, 0)))
 
     @property
     def read(self) -> int:
