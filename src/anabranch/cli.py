@@ -163,7 +163,7 @@ def chat(
     from anabranch.run.config import ConfigError, MemoryConfig, ModelConfig, ServedModelFile, read_served, resolve
 
     try:
-        config, folder = ModelConfig(name="smollm2", weights="smollm2"), Path()
+        config, folder = ModelConfig.model_validate({"name": "smollm2", "weights": "smollm2"}), Path()
         if pipeline is not None:
             found, folder = read_served(pipeline), pipeline.parent
             if not isinstance(found, ServedModelFile):
