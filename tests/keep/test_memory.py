@@ -106,6 +106,19 @@ def test_neighbours_of_what_matters_stay_with_it():
     assert held.compressed().position[0].tolist() == [0, 1, 2, 7, -1, -1, -1, -1]
 
 
+def test_what_stays_anyway_lends_its_neighbours_nothing():
+    memory = SnapKV(4, 1, 3, room=4).empty(1, 2)
+    last = jnp.array([[0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 30.0]])
+    held = eqx.tree_at(lambda m: (m.position, m.last), memory, (jnp.arange(8)[None], last))
+    assert held.compressed().position[0].tolist() == [0, 1, 2, 7, -1, -1, -1, -1]
+
+
+def test_a_layer_may_have_a_budget_of_its_own():
+    """One static size, of which a layer uses as much as its budget says; none of it beyond is live."""
+    held = eqx.tree_at(lambda m: (m.position, m.budget), Window(6, room=2).empty(1, 2), (jnp.arange(8)[None], 3))
+    assert held.compressed().position[0].tolist() == [5, 6, 7, -1, -1, -1, -1, -1]
+
+
 def test_streams_side_by_side_are_each_alone(llama):
     cell = Decoder(llama, keep=H2O(8, 2, room=2))
     texts = TOKENS.reshape(3, 16)
