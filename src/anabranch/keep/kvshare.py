@@ -31,7 +31,7 @@ tokens (punctuation) are never reused; deviation is there of values, here of key
 """
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -85,20 +85,17 @@ def kv_edit(tokens: Sequence[int], segments: Sequence[Segment], never: Collectio
             follows comes from it.
     """
     T = len(tokens)
-    source: list[Hashable] = [None] * T
-    at, longest = np.full(T, -1, np.int64), np.zeros(T, np.int64)
-    prefix = lambda segment: segment.length if segment.src == segment.dst == 0 else 0
-    exact = max(map(prefix, segments), default=0)
-    for segment in segments:
-        worth = T + 1 if exact and prefix(segment) == exact else segment.length
-        for i in range(segment.length):
-            to = segment.dst + i
-            if worth > longest[to]:
-                longest[to], at[to], source[to] = worth, segment.src + i, segment.source
-    for i, token in enumerate(tokens):
-        if i == T - 1 or (i >= exact and (token in never or at[i] < sinks)):
-            at[i], source[i] = -1, None
-    return Edit(source, at, exact)
+    which, at, longest = np.full(T, -1), np.full(T, -1, np.int64), np.zeros(T, np.int64)
+    prefix = [segment.length if segment.src == segment.dst == 0 else 0 for segment in segments]
+    exact = max(prefix, default=0)
+    for i, segment in enumerate(segments):
+        length = T + 1 if prefix[i] and prefix[i] == exact else segment.length
+        to = segment.dst + np.flatnonzero(longest[segment.dst : segment.dst + segment.length] < length)
+        longest[to], which[to], at[to] = length, i, segment.src + to - segment.dst
+    new = (np.isin(tokens, list(never)) | (at < sinks)) & (np.arange(T) >= exact)
+    new[-1] = True
+    at[new] = -1
+    return Edit([None if at[i] < 0 else segments[which[i]].source for i in range(T)], at, exact)
 
 
 # Which of them are computed all the same
@@ -132,7 +129,7 @@ class Watched(eqx.Module):
         o, new = self.kv.extend(q, k, v, positions, rotate)
         T, _, D = q.shape
         turned = rotate(q, positions).reshape(T, len(new.k), -1, D) * D**-0.5
-        visible = (jnp.arange(new.k.shape[1]) <= positions[:, None]) & self.asks[:, None]
+        visible = jnp.arange(new.k.shape[1]) <= positions[:, None]
         score = jnp.where(visible[:, None, None], jnp.einsum("tkgd,ksd->tkgs", turned, new.k), -jnp.inf)
         share = jnp.where(self.asks[:, None, None, None], jax.nn.softmax(score), 0)
         return o, Watched(new, self.asks, share.sum((0, 1, 2)))
@@ -201,6 +198,8 @@ class SharedDecoder(Cell):
     Raises:
         ValueError: if `repairs` is negative.
     """
+
+    smooth: ClassVar[bool] = False
 
     model: Decoder
     repairs: int = eqx.field(static=True, default=4)
