@@ -1,4 +1,4 @@
-"""Prompts made of passages that were seen in other places: nearly as right as a full prefill, in less than half the time.
+"""Prompts of passages that were seen in other places: nearly as right as a full prefill, in less than half the time.
 
 A. The real SmolLM2-135M: prompts of 512 tokens, five passages of Shakespeare or of Python in random order, one of which
    hides a password that is asked for in the end. Keys and values of passages are those that each had alone. 15 % of the
@@ -12,6 +12,7 @@ D. Simulated: Azure's conversations of which most quote one of 200 passages, at 
 import argparse
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ class Arms:
         again = int(np.ceil(self.ratio * edit.doubtful.sum()))
         ends = np.cumsum([0, *map(len, prompt.passages)])
         early = edit.reused.copy()  # as many, of each passage the first ones
-        for a, b in zip(ends, ends[1:]):
+        for a, b in pairwise(ends):
             early[a + np.flatnonzero(edit.reused[a:b])[: round(self.ratio * edit.reused[a:b].sum())]] = False
 
         def call(reused, again, score=DHD):
