@@ -115,8 +115,8 @@ def test_the_front_is_taken_from_where_it_is_right():
 def test_all_computed_again_is_a_full_prefill(model, full):
     shelf = Shelf(ratio=1.0)
     shelf.prefill(model, OLD)
-    assert shelf.prefill(model, PROMPT) == (24, 15, 24)
-    state, logits = shelf.answer
+    state, logits, reuse = shelf.prefill(model, PROMPT)
+    assert reuse == (24, 15, 24)
     session, wanted = full(PROMPT)
     np.testing.assert_allclose(logits, wanted[-1], atol=1e-4)
     for ours, theirs in zip(state.session.memory, session.memory):
@@ -129,10 +129,11 @@ def test_a_prefix_needs_nothing_computed_again(model, full):
     shelf = Shelf(never={OLD[2]})
     shelf.prefill(model, OLD)
     prompt = OLD[:16] + NEW
-    assert shelf.prefill(model, prompt) == (25, 16, 9)
-    np.testing.assert_allclose(shelf.answer[1], full(prompt)[1][-1], atol=1e-4)
-    assert float(shelf.answer[0].deviation.max()) < 1e-6
-    assert shelf.prefill(model, prompt).found == 24  # it was right, so that it was kept
+    state, logits, reuse = shelf.prefill(model, prompt)
+    assert reuse == (25, 16, 9)
+    np.testing.assert_allclose(logits, full(prompt)[1][-1], atol=1e-4)
+    assert float(state.deviation.max()) < 1e-6
+    assert shelf.prefill(model, prompt)[2].found == 24  # it was right, so that it was kept
 
 
 def test_keys_are_turned_to_where_they_now_stand(model, full):
@@ -153,22 +154,31 @@ def test_more_room_for_rows_changes_nothing(model):
     memory, edit = shelf.found(model, PROMPT)
     tokens, reused = np.pad(np.array(PROMPT, np.int32), (0, 8)), np.pad(edit.reused, (0, 8))
     tight, wide = (
-        kvshare.selective_prefill(model, memory, tokens, 24, reused, 3, rows) for rows in (12, 20)
+        kvshare.selective_prefill(model, memory, tokens, jnp.int32(24), reused, jnp.int32(3), rows) for rows in (12, 20)
     )  # fmt: skip
     assert int(tight[0].fresh.sum()) == 12
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tight, wide)
     assert not any(np.asarray(kv.k[:, 24:]).any() for kv in wide[0].session.memory)
 
 
+def test_another_prompt_of_about_the_length_compiles_nothing(model):
+    shelf = Shelf(ratio=0.2)
+    shelf.prefill(model, OLD)
+    compiled = []
+    for prompt in (PROMPT, NEW[:4] + OLD[3:18] + NEW[4:], NEW[:5] + OLD[4:18] + NEW[5:]):
+        state, _, reuse = shelf.prefill(model, prompt)
+        compiled.append((kvshare.selective_prefill._cached._cache_size(), reuse.found, int(state.fresh.sum())))
+    assert len({size for size, *_ in compiled}) == 1 and compiled[2][1:] == (14, 12)
+
+
 def test_who_deviates_most_is_computed(model):
     shelf = Shelf(ratio=0.2)
     shelf.prefill(model, OLD)
-    shelf.prefill(model, PROMPT, score=by_deviation)
-    state, _ = shelf.answer
+    state, _, _ = shelf.prefill(model, PROMPT, score=by_deviation)
     none = Shelf(ratio=0.0)
     none.prefill(model, OLD)
-    none.prefill(model, PROMPT)
-    deviation, mass = np.asarray(none.answer[0].deviation), np.asarray(none.answer[0].mass)
+    stale, _, _ = none.prefill(model, PROMPT)
+    deviation, mass = np.asarray(stale.deviation), np.asarray(stale.mass)
     again = np.flatnonzero(np.asarray(state.fresh)[5:20]) + 5
     assert set(again) == set(np.argsort(-deviation)[:3]) and len(again) == 3
     # All nine new tokens share out one each in each of six heads.
@@ -179,8 +189,7 @@ def test_who_deviates_most_is_computed(model):
 def test_the_cell_goes_on_and_repairs(model, full):
     shelf = Shelf(ratio=0.0)
     shelf.prefill(model, OLD)
-    shelf.prefill(model, PROMPT)
-    state, _ = shelf.answer
+    state, _, _ = shelf.prefill(model, PROMPT)
     step = eqx.filter_jit(lambda cell, state, x: cell.step(state, x))
     plain, logits = step(SharedDecoder(model, 0), state, jnp.int32(7))
     _, wanted = model.step(state.session, jnp.int32(7))

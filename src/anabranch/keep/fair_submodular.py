@@ -115,16 +115,16 @@ def feasible_set(
     The largest set that is independent in two matroids, by augmenting paths (Lawler, 1975). On the host. Within the
     quotas are all exactly if one has the size sum(lo).
     """
-    caps, lo = np.asarray(caps), np.asarray(lo)
+    most, wanted = np.asarray(caps), np.asarray(lo)
     members: list[int] = []
     while True:
         inside = np.array(members, np.int64)
         outside = np.setdiff1d(np.arange(len(colours)), inside)
         held = np.array([(parts[inside] == g).any(-1).sum() for g in range(len(caps))])
-        full = (parts >= 0) & (held[parts] >= caps[parts])
+        full = (parts >= 0) & (held[parts] >= most[parts])
         tight = parts[np.arange(len(parts)), full.argmax(-1)]  # the smallest full group
-        free_part = ~full.any(-1)
-        free_colour = np.bincount(colours[inside], minlength=len(lo))[colours] < lo[colours]
+        free_part = np.logical_not(full.any(-1))
+        free_colour = np.bincount(colours[inside], minlength=len(lo))[colours] < wanted[colours]
         before: dict[int, int] = {int(y): -1 for y in outside[free_part[outside]]}
         queue, end = deque(before), -1
         while queue and end < 0:

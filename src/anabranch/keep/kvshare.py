@@ -12,13 +12,12 @@ answer may turn to tokens that were not computed again, and each step repairs a 
     >>> from anabranch.models.llama import Config, Llama
     >>> tiny = Llama(Config(vocab=11, width=8, layers=3, heads=4, kv_heads=2, hidden=16), key=jax.random.PRNGKey(0))
     >>> model, shelf = Decoder(tiny, size=16), Shelf(window=2)
-    >>> shelf.prefill(model, [5, 1, 2, 3, 4])  # nothing is known: all of it is computed, and kept
+    >>> _, _, reuse = shelf.prefill(model, [5, 1, 2, 3, 4])  # nothing is known: all of it is computed, and kept
+    >>> reuse
     Reuse(tokens=5, found=0, computed=5)
-    >>> shelf.prefill(model, [7, 1, 2, 3, 4, 6])
-    Reuse(tokens=6, found=4, computed=3)
-    >>> state, logits = shelf.answer
-    >>> logits.shape, state.fresh[:6].tolist()
-    ((11,), [True, True, False, False, False, True])
+    >>> state, logits, reuse = shelf.prefill(model, [7, 1, 2, 3, 4, 6])
+    >>> reuse, state.fresh[:6].tolist()
+    (Reuse(tokens=6, found=4, computed=3), [True, True, False, False, False, True])
 
 The stream is one of tokens; the state is the keys and values of the text so far, with what is known of how right they
 are. Keys are stored turned, and turned by the difference. A passage's own first token saw nothing else, and attention
@@ -173,10 +172,11 @@ def selective_prefill(
     old = memory[CHECK]
     watched = [*memory[:CHECK], Watched(old, asks, jnp.zeros(S)), *memory[CHECK + 1 :]]
     h, memory = model.run_layers(model.embedding[tokens], watched, positions, high=CHECK + 1)
-    new, mass = memory[CHECK].kv, memory[CHECK].mass
+    checked: Any = memory[CHECK]
+    new = checked.kv
     deviation = ((new.k - old.k) ** 2 + (new.v - old.v) ** 2).sum((0, 2))
     deviation = jnp.zeros(S).at[:T].set(jnp.where(reused & there, deviation[:T], 0))
-    worth = jnp.where(reused & there, score(deviation, mass)[:T], -jnp.inf)
+    worth = jnp.where(reused & there, score(deviation, checked.mass)[:T], -jnp.inf)
     rank = jnp.zeros(T, jnp.int32).at[jnp.argsort(-worth, stable=True)].set(jnp.arange(T, dtype=jnp.int32))
     computed = asks | (reused & there & (rank < again))
     where = jnp.nonzero(computed, size=rows, fill_value=T)[0]
@@ -185,7 +185,7 @@ def selective_prefill(
     fresh = jnp.zeros(S, bool).at[:T].set(computed)
     logits = model.logits(h[computed.sum() - 1][None])[0]  # the last of those that are computed is the last token
     padded = jnp.zeros(S, jnp.int32).at[:T].set(jnp.where(there, tokens, 0))
-    return Mixed(Session(memory, n), padded, fresh, jnp.where(fresh, 0, deviation), mass), logits
+    return Mixed(Session(memory, n), padded, fresh, jnp.where(fresh, 0, deviation), checked.mass), logits
 
 
 class SharedDecoder(Cell):
@@ -261,7 +261,6 @@ class Shelf:
         self.index, self.never, self.ratio, self.sinks = SegmentIndex(window, texts), frozenset(never), ratio, sinks
         self._kv: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
         self._count = 0
-        self.answer: tuple[Mixed, Float[Array, " vocab"]]
 
     def put(self, tokens: Sequence[int], session: Session, salt: bytes = b"") -> None:
         """Keep a prompt."""
@@ -281,10 +280,12 @@ class Shelf:
                 into[:, :, to] = old[:, :, edit.at[to]]
         by = np.zeros(model.size, np.int32)
         by[: len(tokens)] = np.where(edit.reused, np.arange(len(tokens)) - edit.at, 0)
-        return _turned(model, k, v, by), edit
+        return _turned(model, *map(jnp.asarray, (k, v, by))), edit
 
-    def prefill(self, model: Decoder, tokens: Sequence[int], salt: bytes = b"", *, score: Score = DHD) -> Reuse:
-        """Compute what is not found and what deviates; the state and the logits are then in `answer`.
+    def prefill(
+        self, model: Decoder, tokens: Sequence[int], salt: bytes = b"", *, score: Score = DHD
+    ) -> tuple[Mixed, Float[Array, " vocab"], Reuse]:
+        """Compute what is not found and what deviates: the state, from which `SharedDecoder` goes on, and the logits.
 
         Only a prompt that is right is kept: others would pass on what they took.
 
@@ -296,13 +297,15 @@ class Shelf:
         memory, edit = self.found(model, tokens, salt)
         again = int(np.ceil(self.ratio * edit.doubtful.sum()))
         computed = int((~edit.reused).sum()) + again
-        padded = np.pad(np.asarray(tokens, np.int32), (0, filled(len(tokens), model.size) - len(tokens)))
-        reused = np.pad(edit.reused, (0, len(padded) - len(tokens)))
-        rows = filled(computed, len(padded))
-        self.answer = selective_prefill(model, memory, padded, len(tokens), reused, again, rows, score)
+        length = filled(len(tokens), model.size)
+        pad = lambda column: jnp.asarray(np.pad(column, (0, length - len(tokens))))
+        state, logits = selective_prefill(
+            model, memory, pad(np.asarray(tokens, np.int32)), jnp.int32(len(tokens)), pad(edit.reused),
+            jnp.int32(again), filled(computed, length), score,
+        )  # fmt: skip
         if not edit.doubtful.any():
-            self.put(tokens, self.answer[0].session, salt)
-        return Reuse(len(tokens), int(edit.reused.sum()), computed)
+            self.put(tokens, state.session, salt)
+        return state, logits, Reuse(len(tokens), int(edit.reused.sum()), computed)
 
 
 def filled(n: int, most: int) -> int:

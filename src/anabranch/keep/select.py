@@ -161,7 +161,7 @@ class Weighted(Objective):
         return tuple(getattr(part, name)(*(a[i] for a in args)) for i, part in enumerate(self.parts))
 
     def _sum(self, values: tuple) -> Float[Array, ""]:
-        return sum((w * v for w, v in zip(self.weights, values, strict=True)), jnp.float32(0))
+        return jnp.array(self.weights) @ jnp.stack(values)
 
     def blank(self):
         return self._each("blank")

@@ -39,7 +39,8 @@ def workload(sessions: Sequence[Session]) -> Workload:
     column = lambda f: np.array([f(session) for session in sessions])
     return Workload(
         column(lambda s: s.arrival), column(lambda s: len(s.ask.prompt)), column(lambda s: len(s.tokens)),
-        column(lambda s: s.ask.ttft), column(lambda s: s.ask.tds), tokens=[s.ask.prompt for s in sessions],
+        column(lambda s: s.ask.ttft), column(lambda s: s.ask.tds),
+        tokens=[s.ask.prompt for s in sessions],  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
