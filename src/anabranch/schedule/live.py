@@ -18,8 +18,8 @@ array of keys and values a layer, which is updated in place; blocks are counted,
 
 With `prefixes`, full blocks of prompts are also kept in a pool, under the numbers that `PrefixIndex` gives them, and a
 session whose prompt begins as an earlier one's takes their keys and values instead of computing them: they are copied
-into its slot once. (To read them where they are, through a table of blocks, XLA would gather all of a session's keys and
-values for every token.)
+into its slot once. (To read them where they are, through a table of blocks, XLA would gather all keys and values of a
+session for every token.)
 
 What was decided, and how long each iteration took, can be recorded; `replay.py` runs it through the simulator again.
 """
