@@ -47,7 +47,7 @@ def test_check():
 
 
 # Their smoke runs still take tens of seconds, most of it compiling; run them by hand.
-LONG = {"class_incremental_moe", "division"}
+LONG = {"class_incremental_moe", "division", "fair_submodular", "kvshare"}
 
 
 @pytest.mark.parametrize("slug", sorted({path.stem for path in CLAIMS.glob("*/*.py")} - LONG))

@@ -135,9 +135,9 @@ def _serve_model(config: Any, folder: Path) -> None:
     text, model = Tokens.of(file), Decoder(weights.load(file), said.size)
     live = Live(
         int8(model) if said.int8 else model, scheduler, sessions=said.sessions, stop=text.stop,
-        waiting=config.serve.queue,
+        waiting=config.serve.queue, prefixes=said.prefixes != "none",
     )  # fmt: skip
-    app = openai.LanguageServer(said.name, live, text, config.serve).app
+    app = openai.LanguageServer(said.name, live, text, config.serve, shared=said.prefixes == "all").app
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("")

@@ -20,6 +20,8 @@ class Ask(NamedTuple):
     """By when the first token is expected, seconds after this."""
     tds: float = 4.8
     """How fast the reader reads, tokens a second."""
+    salt: bytes = b""
+    """Only sessions with the same one share what is computed of prompts that begin alike."""
 
 
 class Full(Exception):
@@ -31,12 +33,15 @@ class Full(Exception):
 
 
 class Engine(Protocol):
-    """Serves sessions in a thread of its own, in which `emit` is called with each token, and at the end with None."""
+    """Serves sessions in a thread of its own, in which `emit` is called with each token, and at the end with None.
+
+    Where prompts share what is computed of them, `found` is called before with how many tokens were there.
+    """
 
     room: int
     """Tokens that a prompt and its answer may have together."""
 
-    def submit(self, ask: Ask, emit: Callable[[int | None], None]) -> int:
+    def submit(self, ask: Ask, emit: Callable[[int | None], None], found: Callable[[int], None]) -> int:
         """Begin a session.
 
         Raises:

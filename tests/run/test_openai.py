@@ -27,7 +27,7 @@ def served(smollm2, tmp_path_factory):
     tokens = tmp_path_factory.mktemp("openai") / "tokens"
     digest = lambda token: hashlib.sha256(token).hexdigest()
     tokens.write_text(f"ann {digest(b'secret')}\nbob {digest(b'watch')} operator\n")
-    live = Live(model, Chunked(chunk=64), sessions=2, stop=text.stop, waiting=3)
+    live = Live(model, Chunked(chunk=64), sessions=2, stop=text.stop, waiting=3, prefixes=True)
     app = LanguageServer("smollm2", live, text, ServeConfig(tokens=tokens)).app
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run)
@@ -57,6 +57,27 @@ def test_a_chat_at_once_and_as_it_comes(client):
     assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) == 7
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage.total_tokens == 45
+
+
+def test_what_is_shared_is_counted_and_other_tenants_have_no_part_in_it(served, client):
+    said = [{"role": "system", "content": "You are a geographer who is asked about capitals, rivers and mountains."}]
+    ask = lambda who, about: who.chat.completions.create(
+        model="smollm2", messages=[*said, {"role": "user", "content": about}], temperature=0, max_tokens=4
+    )
+    alone, first = ask(client, "What is the Nile?"), ask(client, "Where are the Alps?")
+    assert alone.usage.prompt_tokens_details.cached_tokens < 16  # at most what all chats begin with
+    shared = first.usage.prompt_tokens_details.cached_tokens
+    assert shared >= 16 and shared % 16 == 0
+    again = ask(client, "What is the Nile?")
+    assert again.choices[0].message.content == alone.choices[0].message.content
+    assert again.usage.prompt_tokens_details.cached_tokens == (again.usage.prompt_tokens - 1) // 16 * 16
+    bob = openai.OpenAI(base_url=served[0] + "/v1", api_key="watch", max_retries=0)
+    assert ask(bob, "What is the Nile?").usage.prompt_tokens_details.cached_tokens == 0
+    stream = client.chat.completions.create(
+        model="smollm2", messages=[*said, {"role": "user", "content": "What is the Nile?"}], max_tokens=2, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    assert list(stream)[-1].usage.prompt_tokens_details.cached_tokens >= 32
 
 
 def test_a_completion_ends_at_its_limit_or_at_a_stop(client):
@@ -153,7 +174,7 @@ def test_who_waits_is_told_when_the_engine_ends(smollm2):
 
         room, asked = 100, threading.Event()
 
-        def submit(self, ask, emit):
+        def submit(self, ask, emit, found):
             self.emit = emit
             self.asked.set()
             return 0
@@ -191,6 +212,7 @@ def test_metrics_count_tokens(served, client):
     counts = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     assert float(counts["anabranch_answer_tokens_total"]) >= 3 and float(counts["anabranch_prompt_tokens_total"]) >= 1
     assert float(counts["anabranch_first_token_seconds_count"]) >= 1
+    assert "anabranch_cached_tokens_total" in counts
 
 
 class Letters:

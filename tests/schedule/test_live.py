@@ -13,8 +13,8 @@ from anabranch.schedule.andes import Andes
 from anabranch.schedule.baselines import FCFS, Chunked, Orca
 from anabranch.schedule.cluster import Fitted, Work
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.live import Live
-from anabranch.schedule.replay import play, replay, result
+from anabranch.schedule.live import Live, Session
+from anabranch.schedule.replay import play, replay, result, workload
 from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, Batch
 from anabranch.schedule.semi_pd import FixedShares, TimeSlices
 from anabranch.schedule.workload import Workload
@@ -114,6 +114,62 @@ def test_answers_are_those_of_the_model_alone_and_a_replay_decides_the_same(mode
         assert result.preemptions > 3
 
 
+@pytest.fixture(scope="module")
+def alike(model):
+    """Prompts that begin alike, of which two are the same, and the answers of the model alone."""
+    rng = np.random.default_rng(1)
+    head = rng.integers(0, 37, 21).tolist()
+    prompts = [head + rng.integers(0, 37, n).tolist() for n in (4, 9, 1, 7, 15)]
+    prompts += [prompts[1], rng.integers(0, 37, 24).tolist()]
+    live, answers = Live(model, FCFS(), sessions=1), []
+    for prompt in prompts:
+        answers.append([])
+        live.submit(Ask(prompt, 6), answers[-1].append)
+    drain(live)
+    load = Workload(np.linspace(0, 0.02, 7), np.array([len(p) for p in prompts]), np.full(7, 6), tokens=prompts)
+    return load, prompts, [answer[:-1] for answer in answers]
+
+
+@pytest.mark.parametrize("name", ["juggler, to the host", "juggler, made again", "fcfs", "chunked", "layered"])
+def test_what_prompts_share_changes_nothing(model, alike, name):
+    load, prompts, answers = alike
+    live = Live(model, SCHEDULERS[name], sessions=3, kv_tokens=160, block=4, record=True, prefixes=True)
+    served = play(live, load, prompts)
+    assert [session.tokens for session in live.record.sessions] == answers
+    again = replay(live, SCHEDULERS[name])
+    assert [line[2:] for line in again.log] == [line[2:] for line in served.log]
+    assert again.cached >= 40 and live.seats.index.available == live.engine.blocks
+
+
+def test_a_prompt_finds_what_was_computed_before_if_it_has_the_same_salt(model, alike):
+    _, prompts, answers = alike
+    live = Live(model, Chunked(chunk=16), sessions=2, block=4, prefixes=True)
+
+    def ask(i, salt=b""):
+        said, found = [], []
+        live.submit(Ask(prompts[i], 6, salt=salt), said.append, found.append)
+        drain(live)
+        assert said == [*answers[i], None] and len(found) == 1
+        return found[0]
+
+    # All but the last token in full blocks: of 22 and 30 the first 20 are shared, of 30 themselves 28.
+    assert [ask(2), ask(1), ask(1), ask(6), ask(4)] == [0, 20, 28, 0, 20]
+    assert [ask(1, b"ann"), ask(1, b"ann"), ask(1)] == [0, 28, 28]
+    with pytest.raises(ValueError, match="sessions must have one salt, got 2"):
+        workload([Session(i, Ask([1], 1, salt=salt), 0.0, print, print) for i, salt in enumerate((b"a", b"b"))])
+
+
+def test_what_is_shared_is_given_up_when_others_need_the_room(model, alike):
+    _, prompts, answers = alike
+    live, found = Live(model, FCFS(), sessions=1, block=4, kv_tokens=44, prefixes=True), []
+    for i in (1, 6, 1):  # 30 and 6 tokens take nine of eleven blocks
+        said = []
+        live.submit(Ask(prompts[i], 6), said.append, found.append)
+        drain(live)
+        assert said[:-1] == answers[i]
+    assert found[:2] == [0, 0] and 0 < found[2] < 28
+
+
 def test_another_scheduler_decides_otherwise(model, requests):
     load, prompts, _ = requests
     live = Live(model, FCFS(), sessions=3, record=True)
@@ -190,14 +246,16 @@ def test_nothing_is_compiled_once_it_is_warm(model, requests):
     from anabranch.schedule import live as module
 
     _, prompts, answers = requests
-    live, said, compiled = Live(model, Chunked(chunk=16), sessions=3), [], []
+    live, said, compiled = Live(model, Chunked(chunk=16), sessions=3, prefixes=True), [], []
     live.warm(compiled.append)
-    assert compiled == ["prompts of 16 tokens", "steps of 2 sessions", "steps of 4 sessions"]
-    functions = module._step, module._layer, module._first
+    shares = "shared beginnings of prompts"
+    assert compiled == ["prompts of 16 tokens", "steps of 2 sessions", "steps of 4 sessions", shares]
+    functions = module._step, module._layer, module._first, module._save, module._load
     before = [f._cache_size() for f in functions]
     live.submit(Ask(prompts[1], 6), said.append)
     for seed in (1, 2):
         live.submit(Ask(prompts[0], 6, temperature=1.0, seed=seed))
+    live.submit(Ask(prompts[1], 2))
     drain(live)
     assert said == [*answers[1], None] and [f._cache_size() for f in functions] == before
 

@@ -1,4 +1,5 @@
-"""Blocks of a cache of keys and values: who holds them, and which hold the beginning of another request's text.
+"""Blocks of a cache of keys and values: who holds them, and which hold the beginning of another request's text, or
+(`SegmentIndex`) any part of it.
 
 A text is cut in blocks of so many tokens. The key of a full block says which tokens are in it and all before it: what
 two texts share are the blocks whose keys are equal. Paged memory is that of Kwon et al., "Efficient Memory Management
@@ -19,6 +20,7 @@ import hashlib
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -156,3 +158,104 @@ class PrefixIndex:
                 self.free([block])
             out.append(known)
         return out
+
+
+class Segment(NamedTuple):
+    """Tokens that a text has in common with an earlier one, anywhere in both."""
+
+    source: Hashable
+    """Which text."""
+    src: int
+    """Where they begin in it."""
+    dst: int
+    """Where they begin in the new one."""
+    length: int
+
+
+class SegmentIndex:
+    """Where runs of tokens have been before, at the beginning of a text or not.
+
+    Every `window` tokens of a text in a row are a key, so that runs of at least so many are found. Of texts beyond
+    `texts` those that were found or put in least recently are forgotten.
+
+        >>> index = SegmentIndex(window=3)
+        >>> index.insert("a", [1, 2, 3, 4, 5])  # nothing is forgotten for it
+        []
+        >>> index.match([9, 2, 3, 4, 5, 7])
+        [Segment(source='a', src=1, dst=1, length=4)]
+
+    Raises:
+        ValueError: if `window` or `texts` is not positive.
+    """
+
+    most = 8
+    """Places of one key that are known at most: of a token said a thousand times not every pair is tried."""
+
+    def __init__(self, window: int = 5, texts: int = 1024):
+        for name, value in (("window", window), ("texts", texts)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.window, self.texts = window, texts
+        self._tokens: OrderedDict[Hashable, tuple[np.ndarray, bytes]] = OrderedDict()
+        self._at: dict[bytes, list[tuple[Hashable, int]]] = {}
+
+    def __contains__(self, source: Hashable) -> bool:
+        return source in self._tokens
+
+    def insert(self, source: Hashable, tokens: Sequence[int] | np.ndarray, salt: bytes = b"") -> list[Hashable]:
+        """Know a text; returns those that are forgotten for it.
+
+        Arguments:
+            salt: texts with different salts share nothing, such as those of two tenants.
+        """
+        self.remove(source)
+        gone = [next(iter(self._tokens)) for _ in range(len(self._tokens) >= self.texts)]
+        for old in gone:
+            self.remove(old)
+        self._tokens[source] = np.asarray(tokens, np.int64), salt
+        for at, key in enumerate(self._keys(source)):
+            places = self._at.setdefault(key, [])
+            if len(places) < self.most:
+                places.append((source, at))
+        return gone
+
+    def remove(self, source: Hashable) -> None:
+        """Forget a text, if it is known."""
+        if source not in self._tokens:
+            return
+        for key in set(self._keys(source)):
+            places = [place for place in self._at.get(key, ()) if place[0] != source]
+            if places:
+                self._at[key] = places
+            else:
+                self._at.pop(key, None)
+        del self._tokens[source]
+
+    def match(self, tokens: Sequence[int] | np.ndarray, salt: bytes = b"") -> list[Segment]:
+        """All runs that a text has in common with known ones, as long as they are; by where they begin in it."""
+        text = np.asarray(tokens, np.int64)
+        done: dict[tuple[Hashable, int], int] = {}  # to where each pair of texts, one shifted, has been compared
+        found = []
+        for at, key in enumerate(_grams(text, self.window, salt)):
+            for source, src in self._at.get(key, ()):
+                if done.get((source, src - at), 0) > at:
+                    continue
+                old = self._tokens[source][0]
+                n = min(len(old) - src, len(text) - at)
+                differs = np.flatnonzero(old[src : src + n] != text[at : at + n])
+                length = int(differs[0]) if len(differs) else n
+                done[source, src - at] = at + length
+                found.append(Segment(source, src, at, length))
+        for source in dict.fromkeys(segment.source for segment in found):
+            self._tokens.move_to_end(source)
+        return found
+
+    def _keys(self, source: Hashable) -> list[bytes]:
+        tokens, salt = self._tokens[source]
+        return _grams(tokens, self.window, salt)
+
+
+def _grams(tokens: np.ndarray, window: int, salt: bytes) -> list[bytes]:
+    """Every `window` tokens in a row as bytes, which are their own hash: what is found need not be compared."""
+    data = tokens.tobytes()
+    return [salt + data[8 * at : 8 * (at + window)] for at in range(len(tokens) - window + 1)]

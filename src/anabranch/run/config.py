@@ -285,6 +285,9 @@ class ModelConfig(Section):
     """Tokens of a session, prompt and answer together."""
     int8: bool = False
     """Round the weights to int8."""
+    prefixes: Literal["none", "tenant", "all"] = "none"
+    """Whose prompts share what is computed of those that begin alike: a tenant's own, or all; takes the memory of all
+    sessions once more."""
     scheduler: str = "anabranch.schedule.baselines:Chunked"
     """`module:name` of what says which prompts and answers go on next."""
     options: dict[str, Any] = {"chunk": 256}

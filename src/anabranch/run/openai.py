@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from anabranch.run.access import Access, check_tls
+from anabranch.run.access import Access, Tenant, check_tls
 from anabranch.run.config import ServeConfig, place
 from anabranch.run.connections import read_body, read_json
 from anabranch.run.metrics import LATENCIES
@@ -112,6 +112,7 @@ class Metrics:
         self.registry, self.kind = CollectorRegistry(), CONTENT_TYPE_LATEST
         count = lambda name, said: Counter(name, said, registry=self.registry)
         self.prompts = count("anabranch_prompt_tokens", "Tokens of prompts.")
+        self.cached = count("anabranch_cached_tokens", "Tokens of prompts that were there already.")
         self.answers = count("anabranch_answer_tokens", "Tokens of answers.")
         self.refused = count("anabranch_sessions_refused", "Sessions refused for want of room.")
         self.first = Histogram(
@@ -130,10 +131,13 @@ class LanguageServer:
 
     Arguments:
         name: of the model, as clients ask for it.
+        shared: whether tenants may share what is computed of prompts that begin alike. How soon an answer comes then
+            tells a tenant what others have asked.
     """
 
-    def __init__(self, name: str, engine: Engine, vocabulary: Vocabulary, config: ServeConfig):
+    def __init__(self, name: str, engine: Engine, vocabulary: Vocabulary, config: ServeConfig, *, shared: bool = False):
         check_tls(config)
+        self.shared = shared
         self.name, self.engine, self.vocabulary, self.config = name, engine, vocabulary, config
         self.access = Access(config)
         self.began = int(time.time())
@@ -209,12 +213,13 @@ class LanguageServer:
             prompt = self.vocabulary.chat(messages)
         except ValueError as error:
             raise HTTPException(400, f"messages: {error}") from None
-        return await self._answer(said, prompt, said.max_completion_tokens or said.max_tokens, CHAT)
+        limit = said.max_completion_tokens or said.max_tokens
+        return await self._answer(said, prompt, limit, CHAT, self.access.who(request))
 
     async def text(self, request: Request) -> Response:
         said = await self._said(request, TextSaid)
         prompt = self.vocabulary.plain(said.prompt) if isinstance(said.prompt, str) else said.prompt
-        return await self._answer(said, prompt, said.max_tokens or 16, TEXT)
+        return await self._answer(said, prompt, said.max_tokens or 16, TEXT, self.access.who(request))
 
     async def _said(self, request: Request, kind: Any) -> Any:
         self.access.who(request)
@@ -228,7 +233,9 @@ class LanguageServer:
         self._known(said.model)
         return said
 
-    async def _answer(self, said: _Said, prompt: list[int], limit: int | None, form: "_Form") -> Response:
+    async def _answer(
+        self, said: _Said, prompt: list[int], limit: int | None, form: "_Form", tenant: Tenant
+    ) -> Response:
         loop = asyncio.get_running_loop()
         tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
@@ -240,15 +247,18 @@ class LanguageServer:
             raise HTTPException(503, ENDED)
         seed = secrets.randbits(31) if said.seed is None else said.seed & 0x7FFFFFFF
         limit = limit or max(1, self.engine.room - len(prompt))
+        salt = b"" if self.shared else tenant.name.encode()
+        found: list[int] = []
         try:
-            session = self.engine.submit(Ask(prompt, limit, said.temperature, said.top_p, seed), emit)
+            ask = Ask(prompt, limit, said.temperature, said.top_p, seed, salt=salt)
+            session = self.engine.submit(ask, emit, found.append)
         except Full as error:
             self.metrics.refused.inc()
             raise HTTPException(429, str(error), {"Retry-After": str(max(1, round(error.after)))}) from None
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         stops = [said.stop] if isinstance(said.stop, str) else said.stop or []
-        answer = _Answer(Words(self.vocabulary, stops), tokens, len(prompt), limit, self.metrics)
+        answer = _Answer(Words(self.vocabulary, stops), tokens, len(prompt), limit, self.metrics, found)
         about = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         choice = lambda made, why=None: {"index": 0, **made, "finish_reason": why}
 
@@ -309,14 +319,21 @@ TEXT = _Form("cmpl", "text_completion", "text_completion", [], _plain, _plain(""
 class _Answer:
     """Text out of the tokens of one session, and why it ended."""
 
-    def __init__(self, words: Words, tokens: "asyncio.Queue[int | None]", prompt: int, limit: int, metrics: "Metrics"):
+    def __init__(
+        self, words: Words, tokens: "asyncio.Queue[int | None]", prompt: int, limit: int, metrics: "Metrics",
+        found: list[int],
+    ):  # fmt: skip
         self.words, self.tokens, self.prompt, self.limit, self.metrics = words, tokens, prompt, limit, metrics
+        self.found = found
+        """Tokens of the prompt that were there, once it is known."""
         self.count, self.why, self.begun = 0, "length", time.monotonic()
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         said, asked = self.count, self.prompt
-        return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+        there = {"cached_tokens": sum(self.found)}
+        counts = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+        return counts | {"prompt_tokens_details": there}
 
     async def parts(self) -> AsyncIterator[str]:
         """Text as it comes.
@@ -328,6 +345,7 @@ class _Answer:
         while (token := await self.tokens.get()) is not None:
             if not self.count:
                 self.metrics.first.observe(time.monotonic() - self.begun)
+                self.metrics.cached.inc(sum(self.found))
             self.count += 1
             self.metrics.answers.inc()
             if token in self.words.vocabulary.stop:

@@ -16,6 +16,11 @@ An iteration does what the scheduler's `Batch` says: one token more for each of 
 so many tokens of some prompts, through some of the layers, one prompt after the other. Sessions keep a slot each in one
 array of keys and values a layer, which is updated in place; blocks are counted, so that a scheduler has to share them.
 
+With `prefixes`, full blocks of prompts are also kept in a pool, under the numbers that `PrefixIndex` gives them, and a
+session whose prompt begins as an earlier one's takes their keys and values instead of computing them: they are copied
+into its slot once. (To read them where they are, through a table of blocks, XLA would gather all keys and values of a
+session for every token.)
+
 What was decided, and how long each iteration took, can be recorded; `replay.py` runs it through the simulator again.
 """
 
@@ -33,6 +38,7 @@ import numpy as np
 from jaxtyping import Int8, Int64
 
 from anabranch.decode.base import Draw, sample
+from anabranch.keep.blocks import block_keys
 from anabranch.layers.kv import Rows
 from anabranch.models.llama import Decoder, Layer
 from anabranch.schedule.cluster import Work
@@ -43,6 +49,7 @@ from anabranch.sessions import Ask, Full
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Prompts are filled up to one of these, so that there is one program for each."""
 Emit = Callable[[int | None], None]
+Found = Callable[[int], None]
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Session:
     ask: Ask
     arrival: float
     emit: Emit
+    found: Found
     tokens: list[int] = field(default_factory=list)
     """Of the answer."""
     times: list[float] = field(default_factory=list)
@@ -106,6 +114,8 @@ class Live:
         stop: tokens that end an answer.
         waiting: sessions that may wait for a place.
         record: keep all that happens, in `record`.
+        prefixes: whether prompts that begin alike, and have the same salt, share what is computed of them. That takes
+            memory for `kv_tokens` once more.
 
     Raises:
         ValueError: if a size is not positive, or sessions have no room for a block.
@@ -114,16 +124,18 @@ class Live:
     def __init__(
         self, model: Decoder, scheduler: Scheduler, *, sessions: int = 8, kv_tokens: int | None = None, block: int = 16,
         most: int = 8192, stop: frozenset[int] | set[int] = frozenset(), waiting: int = 1024, record: bool = False,
+        prefixes: bool = False,
     ):  # fmt: skip
         config, places = model.config, 2 * sessions
         kv_bytes = 8 * config.layers * config.kv_heads * config.head_width
         sizes = _Sizes(kv_bytes, places * model.size if kv_tokens is None else kv_tokens)
-        self.engine = Engine(sizes, block=block, max_tokens=most, max_seqs=sessions)
+        self.engine = Engine(sizes, block=block, max_tokens=most, max_seqs=sessions, prefixes=prefixes)
         self.seats = Seats(self.engine, 0, scheduler.oracle)
         self.model, self.scheduler, self.stop, self.waiting = model, scheduler, stop, waiting
         self.state = scheduler.init()
-        shape = places, config.kv_heads, model.size, config.head_width
-        self.memory = tuple(Rows(jnp.zeros(shape), jnp.zeros(shape)) for _ in model.layers)
+        empty = lambda n, size: Rows(*jnp.zeros((2, n, config.kv_heads, size, config.head_width)))
+        self.memory = tuple(empty(places, model.size) for _ in model.layers)
+        self.pool = tuple(empty(self.engine.blocks, block) for _ in model.layers if prefixes)
         self.room = min(model.size, self.engine.blocks * block)
         self.record = Record() if record else None
         self._sessions: dict[int, Session] = {}
@@ -147,8 +159,9 @@ class Live:
 
     # From any thread
 
-    def submit(self, ask: Ask, emit: Emit = lambda token: None) -> int:
-        """Begin a session; `emit` gets each token, and None at the end.
+    def submit(self, ask: Ask, emit: Emit = lambda token: None, found: Found = lambda tokens: None) -> int:
+        """Begin a session; `emit` gets each token, and None at the end; `found`, before, how many tokens of the prompt
+        were there already.
 
         Raises:
             Full: if too many wait.
@@ -165,7 +178,7 @@ class Live:
         with self._wake:
             if len(self._come) + len(self.seats.queue) >= self.waiting:
                 raise Full("the queue of sessions", 1.0)
-            session = Session(self._count, ask, self.clock(), emit)
+            session = Session(self._count, ask, self.clock(), emit, found)
             self._count += 1
             self._sessions[session.number] = session
             self._come.append(session)
@@ -216,6 +229,12 @@ class Live:
                 memory, _ = _step(self.model, memory, *none, _sampling([], rows)[0], how=how)
             rows *= 2
         self.memory = memory
+        if self.pool:
+            told("shared beginnings of prompts")
+            counts = {_filled(n, self._blocks) for n in range(1, self._blocks + 1)}
+            for ids in (np.full(count, 1 << 30) for count in sorted(counts)):
+                self.pool = _save(self.pool, self.memory, ids, 0, 0)
+                self.memory = _load(self.memory, self.pool, ids, 0)
 
     def wait(self, seconds: float) -> None:
         """Wait so long, or until the scheduler wants to be asked again, or somebody comes or goes."""
@@ -240,10 +259,19 @@ class Live:
         for slot in np.flatnonzero(batch.decode & (seats.status == SWAPPED)).tolist():
             session = self._at(slot)
             self.memory, session.away = _put(self.memory, slot, session.away), None
+        if seats.index:
+            seats.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
         taken = seats.take(batch, type(self.scheduler).__name__)
         tokens = self._decode(taken.decode)
-        for slot, chunk in zip(taken.prompts.tolist(), taken.chunk.tolist(), strict=True):
+        for i in np.lexsort(
+            (seats.id[taken.prompts], taken.fresh)
+        ).tolist():  # who finds what others compute, after them
+            slot, chunk = int(taken.prompts[i]), int(taken.chunk[i])
+            if taken.fresh[i] and self.pool:
+                self._find(slot)
             tokens[slot] = self._prefill(slot, chunk, *batch.layers)
+            if taken.whole and self.pool:
+                self._share(slot, chunk)
         end = self.clock()
         if self.record is not None:
             ids = [seats.id[slots].tolist() for slots in (taken.decode, taken.prompts)]
@@ -293,7 +321,8 @@ class Live:
     def _asked(self, number: int) -> Asked:
         session = self._sessions[number]
         ask = session.ask
-        return Asked(session.arrival, len(ask.prompt), ask.limit, ask.ttft, ask.tds)
+        keys = block_keys(ask.prompt, self.engine.block, ask.salt) if self.pool else []
+        return Asked(session.arrival, len(ask.prompt), ask.limit, ask.ttft, ask.tds, keys)
 
     def _cancel(self, session: Session) -> None:
         found = np.flatnonzero(self.seats.id == session.number)
@@ -322,6 +351,26 @@ class Live:
         if self.record is not None:
             self.record.preemptions += int(np.count_nonzero(how))
         self.seats.preempt(how)
+
+    @property
+    def _blocks(self) -> int:
+        """In a slot."""
+        return self.model.size // self.engine.block
+
+    def _find(self, slot: int) -> None:
+        """Give a session what there is of its prompt."""
+        n = int(self.seats.done[slot])
+        if not self.seats.preempted[slot]:
+            self._at(slot).found(n)
+        if ids := self.seats.tables[slot][: n // self.engine.block]:
+            self.memory = _load(self.memory, self.pool, _padded(ids, self._blocks), slot)
+
+    def _share(self, slot: int, count: int) -> None:
+        """Let others have the blocks of a prompt that are now full."""
+        seats, block, done = self.seats, self.engine.block, int(self.seats.done[slot])
+        first, last = done // block, min((done + count) // block, len(seats.keys[slot]))
+        if ids := seats.tables[slot][first:last]:
+            self.pool = _save(self.pool, self.memory, _padded(ids, self._blocks), slot, first)
 
     def _decode(self, slots: Int64[np.ndarray, " k"]) -> dict[int, int]:
         """One token more for each of these."""
@@ -385,6 +434,40 @@ def _get(memory, stream):
 @partial(jax.jit, donate_argnums=0)
 def _put(memory, stream, away):
     return jax.tree.map(lambda x, y: x.at[stream].set(y), memory, away)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _load(memory, pool, ids, stream):
+    """Copy blocks into a slot, from its beginning. Numbers that are no blocks leave zeros, where nothing is yet."""
+
+    def put(x, blocks):
+        _, kv, _, D = x.shape
+        some = blocks.at[ids].get(mode="fill", fill_value=0).swapaxes(0, 1).reshape(1, kv, -1, D)
+        return jax.lax.dynamic_update_slice(x, some, (stream, 0, 0, 0))
+
+    return jax.tree.map(put, memory, pool)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _save(pool, memory, ids, stream, first):
+    """Copy blocks out of a slot, from its `first` on."""
+
+    def put(blocks, x):
+        size = blocks.shape[2]
+        slots = first * size + jnp.arange(len(ids) * size)
+        some = x[stream].at[:, slots].get(mode="clip")
+        return blocks.at[ids].set(some.reshape(len(some), len(ids), size, -1).swapaxes(0, 1), mode="drop")
+
+    return jax.tree.map(put, pool, memory)
+
+
+def _filled(n: int, most: int) -> int:
+    return min(1 << (n - 1).bit_length(), most)
+
+
+def _padded(ids: list[int], most: int) -> np.ndarray:
+    """With numbers that are no blocks up to a length of which there are few."""
+    return np.pad(ids, (0, _filled(len(ids), most) - len(ids)), constant_values=1 << 30)
 
 
 def _sampling(sessions: list[Session], pad: int) -> tuple[Draw, str]:

@@ -29,11 +29,18 @@ def _recorded(live: Live) -> Record:
 
 
 def workload(sessions: Sequence[Session]) -> Workload:
-    """The requests that they were, answers as long as they came to be."""
+    """The requests that they were, answers as long as they came to be.
+
+    Raises:
+        ValueError: if they have several salts: what they share cannot be said by tokens alone.
+    """
+    if len(salts := {session.ask.salt for session in sessions}) > 1:
+        raise ValueError(f"sessions must have one salt, got {len(salts)}")
     column = lambda f: np.array([f(session) for session in sessions])
     return Workload(
         column(lambda s: s.arrival), column(lambda s: len(s.ask.prompt)), column(lambda s: len(s.tokens)),
         column(lambda s: s.ask.ttft), column(lambda s: s.ask.tds),
+        tokens=[s.ask.prompt for s in sessions],  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
 
 
