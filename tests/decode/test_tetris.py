@@ -60,7 +60,7 @@ def test_edges():
 
 def test_the_prefix_score_does_not_look_at_the_token_itself():
     logp, top = jnp.log(jnp.array([[0.5, 0.01], [0.4, 0.9]])), jnp.log(jnp.array([[0.5, 0.99], [0.6, 0.9]]))
-    # .5, .5 · .99; .6 capped by nothing before it, .4 · .9: by the token's own chances the second of row 0 would be last
+    # .5, .5 · .99 and .6, .4 · .9; by the token's own chances .5, .5 · .01 and .4, .4 · .9
     assert select(logp, 3, top).tolist() == [2, 1]
     assert select(logp, 3).tolist() == [1, 2]
 

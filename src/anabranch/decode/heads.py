@@ -83,9 +83,7 @@ class Heads(eqx.Module):
         )  # fmt: skip
         draw = lambda use, *shape: 0.02 * jax.random.normal(noise(key, 0, use), shape)
         join = draw("join", 2 * d, d).at[d:].add(jnp.eye(d))
-        out = tuple(
-            Exit(jnp.ones(d), Linear(draw(f"exit {i}", d, low)), Linear(jnp.zeros((low, d)))) for i in exits
-        )
+        out = tuple(Exit(jnp.ones(d), Linear(draw(f"exit {i}", d, low)), Linear(jnp.zeros((low, d)))) for i in exits)
         layer = Layer.of(Block.random(sizes, noise(key, 0, "layer")))
         pair = Linear(draw("pair", 2 * d, low * 4)), Linear(jnp.zeros((low * 4, d)))
         return cls(Linear(join), layer, *pair, out, ids.astype(jnp.int32), tuple(exits))
@@ -213,7 +211,9 @@ class FeatureDraft(Network):
 
         begun = two(state, 0)
         _, rest = lax.scan(one, (state, begun), jnp.arange(1, -(-window // 2)))
-        whole = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]).reshape(-1, *a.shape[1:])[:window], begun[1], rest)
+        whole = jax.tree.map(
+            lambda a, b: jnp.concatenate([a[None], b]).reshape(-1, *a.shape[1:])[:window], begun[1], rest
+        )
         tokens, logq, sure, _ = whole
         return Drafted(tokens, jnp.int32(window), logq, sure)
 

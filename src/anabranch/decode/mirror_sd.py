@@ -1,10 +1,10 @@
 """Mirror speculative decoding: the draft guesses the next window while the model still verifies this one.
 
-Bhendawade, Kallidromitis, Sandler et al., "Mirror Speculative Decoding: Breaking the Serial Barrier in LLM Inference",
-arXiv 2510.13161, 2025. After some of its layers the model leaves by an exit: at each place of the window, the tokens that
-it is likeliest to say there itself. For each place and token the draft goes on as if that were the correction, while the
-model does its other layers. If the correction is one of those foreseen, the next window is there when verification
-ends; if not, the draft starts anew. What is said does not depend on any of this.
+Bhendawade et al., "Mirror Speculative Decoding: Breaking the Serial Barrier in LLM Inference", arXiv 2510.13161, 2025.
+After some of its layers the model leaves by an exit: at each place of the window, the tokens that it is likeliest to
+say there itself. For each place and token the draft goes on as if that were the correction, while the model does its
+other layers. If the correction is one of those foreseen, the next window is there when verification ends; if not, the
+draft starts anew. What is said does not depend on any of this.
 
     >>> decoder, xs = example()
     >>> state, said = eqx.filter_jit(decoder.step)(decoder.init(), xs[0])
@@ -15,10 +15,10 @@ The stream of the cell is a text; one step is one round. The parts of a round ar
 and `end`: `step` runs them in one program, `Overlapped` runs `branches` beside `upper` in a thread of its own.
 `mirror_plan` says how long rounds take if model and draft have a device each.
 
-The paper's draft is a language model of its own. Ours may be one that reads the model's features (`heads.FeatureDraft`):
-those of this window are not there yet when it goes on, so that it uses its own in their place, and guesses a little
-worse after a hit than after a miss. How the paper trains the exit is not said; ours is `heads.Exit`, or nothing. Where a
-branch would correct a guess by the same guess, it is given to the next token.
+The paper's draft is a language model of its own. Ours may be one that reads the model's features
+(`heads.FeatureDraft`): those of this window are not there yet when it goes on, so that it uses its own in their place,
+and guesses a little worse after a hit than after a miss. How the paper trains the exit is not said; ours is
+`heads.Exit`, or nothing. Where a branch would correct a guess by the same guess, it is given to the next token.
 """
 
 from collections.abc import Sequence

@@ -21,8 +21,8 @@ drafts that need no other weights: `NGram` looks the text up for how it went on 
     >>> said.tokens.shape, 1 <= int(said.n) <= 4
     ((4,), True)
 
-**Lengths.** Whether a drafted token is dropped before it was verified may depend on the tokens before it and on q there,
-never on the token itself, or likely tokens come too often.
+**Lengths.** Whether a drafted token is dropped before it was verified may depend on the tokens before it and on q
+there, never on the token itself, or likely tokens come too often.
 """
 
 from collections.abc import Callable
@@ -319,7 +319,8 @@ class Surer(Draft):
 
     def propose(self, state, key, window, rule):
         a, b = (
-            d.propose(s, noise(key, i, "draft"), window, rule) for i, (d, s) in enumerate(zip((self.one, self.other), state))
+            d.propose(s, noise(key, i, "draft"), window, rule)
+            for i, (d, s) in enumerate(zip((self.one, self.other), state))
         )
         if rule is not None:
             a, b = (
@@ -405,9 +406,7 @@ def rule_of(temperature: float, top_p: float | None = None) -> Rule:
     return partial(warp, temperature=temperature, top_p=top_p) if temperature else None
 
 
-def read_prompt(
-    target: Decoder, draft: Draft, prompt: Int[Array, " T"], n: Int[Array, ""]
-) -> tuple[Session, Any]:
+def read_prompt(target: Decoder, draft: Draft, prompt: Int[Array, " T"], n: Int[Array, ""]) -> tuple[Session, Any]:
     """The model after the first n - 1 of T tokens, and the draft after n."""
     empty = target.init()
     h, memory = target.run_layers(target.embedding[prompt], empty.memory, jnp.arange(len(prompt)))

@@ -10,13 +10,13 @@ best that C tokens can do if the draft knows its chances.
     >>> select(logp, capacity=3).tolist()  # .9, .72, .5 and .3: the first stream gets all
     [3, 0]
 
-The stream of the cell `TetrisDecoder` is the texts themselves: one step verifies once, and says some tokens of each text.
-The rows of all streams are packed in one list of C + B, so that a short draft here makes room for a long one there. A
-stream may get no drafted token for as long as others are surer; it still gets one token a step.
+The stream of the cell `TetrisDecoder` is the texts themselves: one step verifies once, and says some tokens of each
+text. The rows of all streams are packed in one list of C + B, so that a short draft here makes room for a long one
+there. A stream may get no drafted token for as long as others are surer; it still gets one token a step.
 
 **Warm, the published score is biased.** It drops a token for being unlikely itself, in whose place another is drawn;
-likely tokens come too often. With `score="prefix"` (the default when warm) the score of a token takes, in place of its own
-probability, the largest one at its place: the length does not depend on the token any more, and what is said is
+likely tokens come too often. With `score="prefix"` (the default when warm) the score of a token takes, in place of its
+own probability, the largest one at its place: the length does not depend on the token any more, and what is said is
 distributed as the model. Greedy, both are the same. This score, and that a stream without any selected token has length
 0, are not in the paper.
 """
@@ -34,9 +34,7 @@ from anabranch.layers.kv import Rows
 from anabranch.models.llama import Config, Decoder, Llama
 
 
-def select(
-    logp: Float[Array, "B K"], capacity: int, top: Float[Array, "B K"] | None = None
-) -> Int[Array, " B"]:
+def select(logp: Float[Array, "B K"], capacity: int, top: Float[Array, "B K"] | None = None) -> Int[Array, " B"]:
     """How many of K drafted tokens of each stream are to be verified: `capacity` in all, if there are so many.
 
     Arguments:

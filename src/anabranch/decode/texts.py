@@ -1,4 +1,4 @@
-"""Prompts from real texts that every machine has, for what is trained and what is measured: never the same ones.
+"""Prompts from real texts, for what is trained and what is measured, never the same ones; and how a model goes on.
 
 Verse (tinyshakespeare), Python code (the standard library), prose about it (its docstrings), and requests to an
 assistant about such passages, in turn.
@@ -6,13 +6,18 @@ assistant about such passages, in turn.
 
 import argparse
 import ast
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from anabranch.data import root
+from anabranch.models.llama import Decoder
 from anabranch.models.tokens import Tokens
 
 HELD_OUT = 60_000
@@ -76,3 +81,40 @@ def prompts(
             tokens = text.plain(passage)[:room]
         found[i, : len(tokens)], lengths[i] = tokens, len(tokens)
     return found, lengths
+
+
+def written(
+    target: Decoder, prompts: Int[np.ndarray, "B T"], n: Int[np.ndarray, " B"], steps: int
+) -> Int[np.ndarray, "B T+steps"]:
+    """The prompts, of which the first n tokens count, and after them the likeliest `steps` tokens; the rest is 0."""
+    arrays, rest = eqx.partition(target, eqx.is_array)
+
+    @jax.jit
+    def begin(arrays, xs, n):
+        target = eqx.combine(arrays, rest)
+        states, logits = jax.vmap(lambda x, n: target.prefill(target.init(), x, n))(xs, n)
+        return states, jnp.argmax(logits, -1)
+
+    @partial(jax.jit, donate_argnums=1)
+    def step(arrays, states, tokens):
+        states, logits = jax.vmap(eqx.combine(arrays, rest).step)(states, tokens)
+        return states, jnp.argmax(logits, -1)
+
+    out, rows = np.pad(prompts, ((0, 0), (0, steps))), np.arange(len(prompts))
+    out *= np.arange(out.shape[1]) < n[:, None]
+    states, said = begin(arrays, jnp.asarray(prompts), jnp.asarray(n))
+    for t in range(steps):
+        out[rows, n + t] = said
+        if t + 1 < steps:
+            states, said = step(arrays, states, said)
+    return out
+
+
+def thoughts(target: Decoder, xs: Int[Array, " T"], after: tuple[int, ...]) -> list[Float[Array, "T d"]]:
+    """What these numbers of layers give for a text."""
+    h, memory, positions = target.embedding[xs], target.init().memory, jnp.arange(len(xs))
+    out = []
+    for low, high in pairwise((0, *after)):
+        h, memory = target.run_layers(h, memory, positions, low, high)
+        out.append(h)
+    return out
