@@ -239,7 +239,7 @@ def live(target, heads, draft, set_) -> list[Comparison]:
         serial = Speculative(target, draft, window)
         both, took = Overlapped(cell), {"mirror": [], "serial": []}
         begin = [eqx.filter_jit(lambda c, x, m: c.begin(c.init(), x, m)) for _ in range(2)]
-        step = eqx.filter_jit(lambda c, s: c.step(s))
+        step = eqx.filter_jit(lambda c, s: c.step(s), donate="all-except-first")
         both.step(begin[0](cell, jnp.asarray(xs[0]), n[0])), step(serial, begin[1](serial, jnp.asarray(xs[0]), n[0]))
         for row in rows:
             for name in took:
@@ -276,7 +276,7 @@ def warm(size: Size) -> list[Comparison]:
         begun = cell.begin(cell.init(), jnp.array([1, 2]), 2)
 
         def one(key):
-            state = begun._replace(key=key, window=cell.anew(begun.draft, key, begun.count))
+            state = begun._replace(key=key, window=cell.anew(begun.draft, key, begun.round))
             out, at, hits = jnp.zeros(6, jnp.int32), jnp.int32(0), jnp.int32(0)
             for _ in range(3):
                 state, said = cell.step(state)

@@ -152,7 +152,7 @@ def greedy(size: Size) -> list[Comparison]:
     draft = Surer(NGram(160), FeatureDraft(target, smollm2_heads(), 160), target.config.vocab)
     arms = {(k, e): [] for k in (2, 4) for e in (0, 1, 2, 3)}
     others = {}
-    for seed in range(2 if size.smoke else 5):
+    for seed in range(4):
         xs, n = prompts(text, STREAMS, PROMPT, FIRST_SEED + seed, held_out=True)
         texts = written(target, xs, n, SAID + DEEP)
         found = guesses(target, draft, texts, n)
@@ -182,7 +182,7 @@ def greedy(size: Size) -> list[Comparison]:
     said = {e: go() for e, go in arm.items()}  # compiles
     wrong = sum(unlike(target, row, m, s) for row, m, s in zip(texts, n, said[2][0]))
     seconds = {e: [] for e in arm}
-    for _ in range(1 if size.smoke else 3):
+    for _ in range(3):
         for e, go in arm.items():
             seconds[e].append(go()[1])
     same = [sum(a[:SAID] == b[m : m + SAID].tolist() for a, b, m in zip(said[2][0], texts, n))]

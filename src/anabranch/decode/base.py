@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from anabranch.cell import noise
@@ -30,9 +29,9 @@ class Draw(NamedTuple):
 
 def warp(
     logits: Float[Array, " vocab"],
-    temperature: float | Float[ArrayLike, ""],
+    temperature: float | Float[Array, ""],
     top_k: int | None = None,
-    top_p: float | Float[ArrayLike, ""] | None = None,
+    top_p: float | Float[Array, ""] | None = None,
 ) -> Float[Array, " vocab"]:
     """The log-probabilities from which a token is drawn; they sum to one.
 

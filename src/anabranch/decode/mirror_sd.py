@@ -50,7 +50,7 @@ class Mirrored(NamedTuple):
     hit: Bool[Array, ""]
     """Whether they were made while the model verified the last ones."""
     last: Int[Array, ""]
-    count: Int[Array, ""]
+    round: Int[Array, ""]
     key: PRNGKeyArray
 
 
@@ -134,9 +134,9 @@ class MirrorDecoder(Cell):
             session, draft, self.anew(draft, key, zero), jnp.array(False), prompt[n - 1].astype(jnp.int32), zero, key
         )
 
-    def anew(self, draft: Any, key: PRNGKeyArray, count: Int[Array, ""]) -> Drafted:
+    def anew(self, draft: Any, key: PRNGKeyArray, round: Int[Array, ""]) -> Drafted:
         """The guesses of a draft that starts after verification."""
-        return self.draft.propose(draft, noise(key, count, "draft"), self.window, self.rule)
+        return self.draft.propose(draft, noise(key, round, "draft"), self.window, self.rule)
 
     def step(self, state: Mirrored, x: Any = None) -> tuple[Mirrored, Emitted]:
         half = self.lower(state)
@@ -144,7 +144,7 @@ class MirrorDecoder(Cell):
         h, memory = self.upper(state, half)
         state, said = self.end(state, h, memory, half.foreseen, windows)
         window = branch(
-            state.hit, lambda state: state.window, lambda state: self.anew(state.draft, state.key, state.count), state
+            state.hit, lambda state: state.window, lambda state: self.anew(state.draft, state.key, state.round), state
         )
         return state._replace(window=window), said
 
@@ -175,7 +175,7 @@ class MirrorDecoder(Cell):
         after = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), state.draft, after)
 
         def one(draft, token, i):
-            key = noise(noise(state.key, state.count, "branch"), i)
+            key = noise(noise(state.key, state.round, "branch"), i)
             return self.draft.propose(self.draft.follow(draft, token), key, self.window, self.rule)
 
         numbers = jnp.arange(foreseen.size).reshape(foreseen.shape)
@@ -192,7 +192,7 @@ class MirrorDecoder(Cell):
         """Verify; where the correction was foreseen (`hit`) the next window is the one made for it."""
         length = state.session.length
         drafted, room = within(state.window, length, self.target.size)
-        key = noise(state.key, state.count, "verify")
+        key = noise(state.key, state.round, "verify")
         said = settle(key, drafted, self.target.logits(h), self.rule, room)
         at = jnp.maximum(said.n - 1, 0)
         same = foreseen[at] == said.tokens[at]
@@ -200,7 +200,7 @@ class MirrorDecoder(Cell):
         last = jnp.where(room, said.tokens[at], state.last)
         draft = self.draft.read(state.draft, said.tokens, h, said.n)
         session = Session(memory, length + said.n)
-        return Mirrored(session, draft, window, same.any() & room, last, state.count + 1, state.key), said
+        return Mirrored(session, draft, window, same.any() & room, last, state.round + 1, state.key), said
 
 
 class Overlapped:
@@ -213,23 +213,27 @@ class Overlapped:
         arrays, rest = eqx.partition(decoder, eqx.is_array)
         whole = lambda arrays: eqx.combine(arrays, rest)
         self.arrays = arrays
-        self.lower = jax.jit(lambda arrays, state: whole(arrays).lower(state))
-        self.upper = jax.jit(lambda arrays, state, half: whole(arrays).upper(state, half), donate_argnums=2)
+        held = lambda memory, state: state._replace(session=state.session._replace(memory=memory))
+        self.lower = jax.jit(lambda arrays, m, state: whole(arrays).lower(held(m, state)), donate_argnums=1)
+        self.upper = jax.jit(lambda arrays, m, state, half: whole(arrays).upper(state, half._replace(memory=m)),
+                             donate_argnums=1)  # fmt: skip
         self.branches = jax.jit(lambda arrays, state, foreseen: whole(arrays).branches(state, foreseen))
-        self.end = jax.jit(lambda arrays, *args: whole(arrays).end(*args))
-        self.anew = jax.jit(lambda arrays, draft, key, count: whole(arrays).anew(draft, key, count))
+        self.end = jax.jit(lambda arrays, *args: whole(arrays).end(*args), donate_argnums=3)
+        self.anew = jax.jit(lambda arrays, *args: whole(arrays).anew(*args))
         self.thread = ThreadPoolExecutor(1)
 
     def step(self, state: Mirrored) -> tuple[Mirrored, Emitted]:
         """One round; the same as that of the cell."""
-        arrays = self.arrays
-        half = self.lower(arrays, state)
+        arrays, memory = self.arrays, state.session.memory
+        state = state._replace(session=state.session._replace(memory=()))
+        half = self.lower(arrays, memory, state)
+        memory, half = half.memory, half._replace(memory=())
         side = self.thread.submit(lambda: jax.block_until_ready(self.branches(arrays, state, half.foreseen)))
-        foreseen = jnp.copy(half.foreseen)
-        h, memory = self.upper(arrays, state, half)
-        state, said = self.end(arrays, state, h, memory, foreseen, side.result())
+        h, memory = self.upper(arrays, memory, state, half)
+        jax.block_until_ready(h)
+        state, said = self.end(arrays, state, h, memory, half.foreseen, side.result())
         if not bool(state.hit):
-            state = state._replace(window=self.anew(arrays, state.draft, state.key, state.count))
+            state = state._replace(window=self.anew(arrays, state.draft, state.key, state.round))
         return state, said
 
     def close(self) -> None:

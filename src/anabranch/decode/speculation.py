@@ -336,7 +336,7 @@ class Speculated(NamedTuple):
     session: Session
     draft: Any
     last: Int[Array, ""]
-    count: Int[Array, ""]
+    round: Int[Array, ""]
     """Steps so far."""
     key: PRNGKeyArray
 
@@ -388,7 +388,7 @@ class Speculative(Cell):
         return state._replace(session=session, draft=draft, last=prompt[n - 1].astype(jnp.int32))
 
     def step(self, state: Speculated, x: Any = None) -> tuple[Speculated, Emitted]:
-        key = noise(state.key, state.count, "step")
+        key = noise(state.key, state.round, "step")
         drafted = self.draft.propose(state.draft, noise(key, 0, "draft"), self.window, self.rule)
         drafted, room = within(drafted, state.session.length, self.target.size)
         xs = jnp.concatenate([state.last[None], drafted.tokens])
@@ -398,7 +398,7 @@ class Speculative(Cell):
         session = Session(memory, state.session.length + said.n)
         draft = self.draft.read(state.draft, said.tokens, h, said.n)
         last = jnp.where(room, said.tokens[said.n - 1], state.last)
-        return Speculated(session, draft, last, state.count + 1, state.key), said
+        return Speculated(session, draft, last, state.round + 1, state.key), said
 
 
 def rule_of(temperature: float, top_p: float | None = None) -> Rule:

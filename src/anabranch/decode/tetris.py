@@ -66,7 +66,7 @@ class Texts(NamedTuple):
     length: Int[Array, " B"]
     draft: Any
     last: Int[Array, " B"]
-    count: Int[Array, ""]
+    round: Int[Array, ""]
     key: PRNGKeyArray
 
 
@@ -148,7 +148,7 @@ class TetrisDecoder(Cell):
 
     def propose(self, state: Texts) -> Drafted:
         """window + extra guesses for each stream, of which those count that are there and have room."""
-        keys = jax.vmap(lambda i: noise(noise(state.key, state.count, "step"), i, "draft"))(jnp.arange(self.streams))
+        keys = jax.vmap(lambda i: noise(noise(state.key, state.round, "step"), i, "draft"))(jnp.arange(self.streams))
         wide = self.window + self.extra
         drafted = jax.vmap(lambda s, k: self.draft.propose(s, k, wide, self.rule))(state.draft, keys)
         room = jnp.maximum(self.target.size - state.length - 1, 0)
@@ -185,11 +185,11 @@ class TetrisDecoder(Cell):
         back = jnp.minimum(back, len(row) - 1)
         logits = self.target.logits(h)
         room = state.length < self.target.size
-        keys = jax.vmap(lambda i: noise(noise(state.key, state.count, "step"), i, "verify"))(jnp.arange(B))
+        keys = jax.vmap(lambda i: noise(noise(state.key, state.round, "step"), i, "verify"))(jnp.arange(B))
         said = jax.vmap(lambda k, d, at, room: settle(k, d, logits[at], self.rule, room))(keys, drafted, back, room)
         draft = jax.vmap(self.draft.read)(state.draft, said.tokens, h[back], said.n)
         last = jnp.where(room, jnp.take_along_axis(said.tokens, said.n[:, None] - 1, 1)[:, 0], state.last)
-        return Texts(memory, state.length + said.n, draft, last, state.count + 1, state.key), said
+        return Texts(memory, state.length + said.n, draft, last, state.round + 1, state.key), said
 
 
 def example() -> tuple[TetrisDecoder, Int[Array, " T"]]:
