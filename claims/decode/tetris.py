@@ -136,13 +136,16 @@ def live(target, draft, set_, n, extra, k):
     return go
 
 
+advance = eqx.filter_jit(lambda target, x: target.advance(target.init(), x)[1])
+
+
 def unlike(target, text, n, said):
     """Where a text first says something else than the model, if its two best tokens are not as good as equal there."""
     wanted = text[n : n + SAID]
     other = np.flatnonzero(np.array(said[:SAID]) != wanted)
     if not len(other):
         return 0
-    logits = eqx.filter_jit(lambda target, x: target.advance(target.init(), x)[1])(target, jnp.asarray(text))
+    logits = advance(target, jnp.asarray(text))
     two = np.sort(np.asarray(logits[n + other[0] - 1]))[-2:]
     return int(two[1] - two[0] >= 1e-3)
 

@@ -218,21 +218,11 @@ class FeatureDraft(Network):
         return Drafted(tokens, jnp.int32(window), logq, sure)
 
 
-SMOLLM2 = Config()
-
-
 def smollm2_heads() -> Heads:
     """Those of SmolLM2-135M, with exits after layers 15, 20 and 25.
 
     Raises:
         FileNotFoundError: their weights are not there.
     """
-    return train.load("smollm2_heads", shape(SMOLLM2))
-
-
-def shape(config: Config) -> Heads:
-    """Heads as they are kept, in int8."""
-    ids = jnp.zeros(8192, jnp.int32)
-    return eqx.filter_eval_shape(
-        lambda key: int8(Heads.random(config, 1024, ids, (15, 20, 25), key=key)), jax.random.PRNGKey(0)
-    )
+    blank = Heads.random(Config(), 1024, jnp.zeros(8192, jnp.int32), (15, 20, 25), key=jax.random.PRNGKey(0))
+    return train.load("smollm2_heads", int8(blank))
