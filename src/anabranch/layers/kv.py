@@ -83,7 +83,7 @@ class Rows(eqx.Module):
         rotate: Rotate,
         stream: Int[Array, " R"],
     ) -> tuple[Float[Array, "R heads*D"], "Rows"]:
-        """One token each of R different streams; a stream of N or more is none, and is not written."""
+        """R tokens of some of the streams, also several of one; a stream of N or more is none, and is not written."""
         q, new = rotate(q, positions), self._written(rotate(k, positions), v, positions, stream)
         visible = jnp.arange(new.k.shape[2]) <= positions[:, None]
         one = lambda q, k, v, visible: attend(q[None], k, v, visible[None])[0]
