@@ -37,7 +37,7 @@ class Held(eqx.Module):
     k: Float[Array, "kv S D"]
     v: Float[Array, "kv S D"]
     position: Int[Array, "kv S"]
-    """Where in the text each token was; -1 where the slot is empty."""
+    """Where in the text each token was; -1 where the slot is empty. In a video, when: tokens of a frame share it."""
     mass: Float[Array, "kv S"]
     """The attention that it got from all queries so far."""
     last: Float[Array, "kv S"]
@@ -45,6 +45,8 @@ class Held(eqx.Module):
     seen: Float[Array, "kv S"]
     """How many queries could see it."""
     keep: "Keep"
+    place: Int[Array, "kv S axes"] | None = None
+    """In a video, where in the frame each token was."""
 
     @property
     def live(self) -> Int[Array, " kv"]:
@@ -56,10 +58,12 @@ class Held(eqx.Module):
         q: Float[Array, "T heads D"],
         k: Float[Array, "T kv D"],
         v: Float[Array, "T kv D"],
-        positions: Int[Array, " T"],
+        positions: Int[Array, "T *axes"],
         rotate: Rotate,
     ) -> tuple[Float[Array, "T heads*D"], "Held"]:
         """Make room if there is none, write T tokens, and attend from each to what is kept and those before it.
+
+        In a video, positions are (time, place). A token whose position is -1 is none, and must come after all others.
 
         Raises:
             ValueError: if T tokens never have room.
@@ -72,11 +76,14 @@ class Held(eqx.Module):
         head, slot = jnp.arange(kv)[:, None], begin[:, None] + jnp.arange(T)
         put = lambda array, x: array.at[head, slot].set(x)
         zero = jnp.zeros((kv, T))
+        time, place = (
+            (positions, None) if old.place is None else (positions[:, 0], put(old.place, positions[None, :, 1:]))
+        )
         new = Held(
-            put(old.k, k.swapaxes(0, 1)), put(old.v, v.swapaxes(0, 1)), put(old.position, positions[None]),
-            put(old.mass, zero), put(old.last, zero), put(old.seen, zero), self.keep,
+            put(old.k, k.swapaxes(0, 1)), put(old.v, v.swapaxes(0, 1)), put(old.position, time[None]),
+            put(old.mass, zero), put(old.last, zero), put(old.seen, zero), self.keep, place,
         )  # fmt: skip
-        turned, asked = new._turned(q.reshape(T, kv, -1, D), begin, positions, rotate)
+        turned, asked = new._turned(q.reshape(T, kv, -1, D), slot, rotate)
         score = jnp.einsum("ktgd,ksd->ktgs", asked, turned) * D**-0.5
         visible = jnp.arange(S) <= slot[..., None]  # (kv, T, S): tokens are in the order of their slots
         share = jax.nn.softmax(jnp.where(visible[:, :, None], score, -jnp.inf))
@@ -89,16 +96,19 @@ class Held(eqx.Module):
         )
 
     def _turned(
-        self, q: Float[Array, "T kv g D"], begin: Int[Array, " kv"], positions: Int[Array, " T"], rotate: Rotate
+        self, q: Float[Array, "T kv g D"], slot: Int[Array, "kv T"], rotate: Rotate
     ) -> tuple[Float[Array, "kv S D"], Float[Array, "kv T g D"]]:
         """Keys and queries, turned to where they stand."""
-        if self.keep.compact:
+        if self.keep.compact and self.place is None:
             keys = rotate(self.k.swapaxes(0, 1), jnp.arange(self.k.shape[1])).swapaxes(0, 1)
-            at = begin[:, None] + jnp.arange(len(q))
-        else:
-            keys = jax.vmap(lambda k, at: rotate(k[:, None], at)[:, 0])(self.k, self.position)
-            at = jnp.broadcast_to(positions, (len(begin), len(q)))
-        return keys, jax.vmap(rotate)(q.swapaxes(0, 1), at)
+            return keys, jax.vmap(rotate)(q.swapaxes(0, 1), slot)
+        at = self.position
+        if self.keep.compact:  # tokens of one time stand at one rank
+            at = jnp.cumsum(jnp.diff(at, prepend=at[:, :1]) != 0, 1)
+        if self.place is not None:
+            at = jnp.concatenate([at[..., None], self.place], -1)
+        keys = jax.vmap(lambda k, at: rotate(k[:, None], at)[:, 0])(self.k, at)
+        return keys, jax.vmap(lambda q, at, slot: rotate(q, at[slot]))(q.swapaxes(0, 1), at, slot)
 
     def compressed(self) -> "Held":
         """With the `budget` tokens of each head that the policy keeps."""
@@ -115,7 +125,8 @@ class Held(eqx.Module):
 
         position = kept(self.position, -1)
         mass, last, seen = (kept(array, 0) for array in (self.mass, self.last, self.seen))
-        return Held(kept(self.k, 0), kept(self.v, 0), position, mass, last, seen, self.keep)
+        place = None if self.place is None else kept(self.place, 0)
+        return Held(kept(self.k, 0), kept(self.v, 0), position, mass, last, seen, self.keep, place)
 
 
 class Keep(eqx.Module):
@@ -142,12 +153,13 @@ class Keep(eqx.Module):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def empty(self, heads: int, width: int) -> Held:
-        """A memory of `heads` keys and values of `width` numbers."""
+    def empty(self, heads: int, width: int, places: int = 0) -> Held:
+        """A memory of `heads` keys and values of `width` numbers; in a video, of tokens with that many `places`."""
         shape = heads, self.budget + self.room
         zero = jnp.zeros(shape)
         kv = jnp.zeros((*shape, width))
-        return Held(kv, kv, jnp.full(shape, -1, jnp.int32), zero, zero, zero, self)
+        place = jnp.zeros((*shape, places), jnp.int32) if places else None
+        return Held(kv, kv, jnp.full(shape, -1, jnp.int32), zero, zero, zero, self, place)
 
     def score(self, held: Held) -> Float[Array, "kv S"]:
         """What each token is worth: the largest stay."""
