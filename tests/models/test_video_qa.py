@@ -49,7 +49,7 @@ def model():
 def world():
     """Random pictures for digits: of each, twelve."""
     rng = np.random.default_rng(0)
-    return World(jnp.asarray(rng.uniform(size=(120, 10, 10)), jnp.float32), jnp.arange(120) % 10, scene=(2, 4))
+    return World(jnp.asarray(rng.uniform(size=(120, 10, 10)), jnp.float32), jnp.arange(120) // 12, scene=(2, 4))
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ class World(eqx.Module):
 
     Arguments:
         glyphs: handwritten digits.
-        labels: which ones they are; each of the ten at least once.
+        labels: which ones they are, in ascending order; each of the ten at least once.
         scene: least and greatest number of frames of a scene.
         palette: of how many different digits a stream is made.
         moving: the share of scenes in which the digit moves, by 0.5 to 1.5 pixels a frame, reflected at the border.
@@ -148,7 +148,8 @@ class World(eqx.Module):
         images, labels = data.mnist()
         mine = slice(8000, None) if held_out else slice(8000)
         small = rearrange(images[mine, 4:24, 4:24], "n (h a) (w b) -> n h w (a b)", a=2, b=2).mean(-1)
-        return cls(jnp.asarray(small), jnp.asarray(labels[mine]), **options)  # pyright: ignore
+        order = np.argsort(labels[mine], kind="stable")
+        return cls(jnp.asarray(small[order]), jnp.asarray(labels[mine][order]), **options)  # pyright: ignore
 
     def stream(self, key: PRNGKeyArray, frames: int) -> Stream:
         """A stream of so many frames."""
@@ -165,9 +166,8 @@ class World(eqx.Module):
         # A step of 1 to palette - 1 around the palette: never the same digit twice running.
         steps = jax.random.randint(noise(key, 0, "steps"), (scenes,), 1, self.palette)
         shown = palette[jnp.cumsum(steps) % self.palette]
-        order = jnp.argsort(self.labels)
-        first, last = (jnp.searchsorted(self.labels[order], shown, side=side) for side in ("left", "right"))
-        glyph = self.glyphs[order[first + (draw("hand", (scenes,)) * (last - first)).astype(jnp.int32)]]
+        first, last = (jnp.searchsorted(self.labels, shown, side=side) for side in ("left", "right"))
+        glyph = self.glyphs[first + (draw("hand", (scenes,)) * (last - first)).astype(jnp.int32)]
 
         # Positions of the digit's upper left corner fold at the borders: a triangle wave.
         far = SIDE - GLYPH
@@ -301,8 +301,12 @@ class VideoQA(eqx.Module):
         """Random weights."""
         self.stem = Stem(config.width, key=noise(key, 0, "stem"))
         text = Llama(config, key=noise(key, 0, "llama"))
-        # Its deviation of 0.02 is made for wide models.
-        self.llama = jax.tree.map(lambda x: x if x.ndim < 2 else x * (1.0 / (0.02 * config.width**0.5)), text)
+        matrices = lambda m: (
+            m.embedding,
+            *(getattr(m.blocks, x) for x in ("wq", "wk", "wv", "wo", "gate", "up", "down")),
+        )
+        # Their deviation of 0.02 is made for wide models.
+        self.llama = eqx.tree_at(matrices, text, replace_fn=lambda x: x / (0.02 * config.width**0.5))
 
     def __call__(
         self,
@@ -311,6 +315,7 @@ class VideoQA(eqx.Module):
         at: Int[Array, " R"],
         kept: Bool[Array, " R"],
         stride: Int[Array, " F"] | None = None,
+        shown: Int[Array, "F p"] | None = None,
     ) -> tuple[Float[Array, "F vocab"], Float[Array, "R 4 vocab"]]:
         """Logits after each frame, and after each token of text.
 
@@ -321,18 +326,21 @@ class VideoQA(eqx.Module):
             kept: whether what follows sees a round, which then takes its ticks, or it is as if it had never been. No
                 two rounds that are kept may follow the same frame.
             stride: ticks from the frame before (from 0) to each frame; 1 unless said, 0 for the first.
+            shown: the patches of each frame that are shown, 0 to 15, in order; all unless said.
         """
         F, R, n = len(frames), len(rounds), rounds.shape[1]
         stride = jnp.minimum(jnp.arange(F), 1) if stride is None else stride
+        shown = jnp.tile(jnp.arange(PATCHES), (F, 1)) if shown is None else shown
+        p = shown.shape[1]
         tick = jnp.cumsum(stride) + n * (kept & (at < jnp.arange(F)[:, None])).sum(1)
         begin = 1 + jnp.where(at < 0, -1, tick[at])
         text = begin[:, None] + jnp.arange(n)
-        vision = jnp.concatenate([jnp.repeat(tick, PATCHES)[:, None], jnp.tile(_places(), (F, 1))], 1)
+        vision = jnp.concatenate([jnp.repeat(tick, p)[:, None], _places()[shown.reshape(-1)]], 1)
         positions = jnp.concatenate([vision, jnp.pad(text.reshape(-1, 1), ((0, 0), (0, 2)))])
         # The order of frames and rounds; tokens of the same one see what comes before them in it.
-        order = jnp.concatenate([jnp.repeat(2 * jnp.arange(F), PATCHES), jnp.repeat(2 * at + 1, n)])
-        which = jnp.concatenate([jnp.repeat(jnp.arange(F), PATCHES), jnp.repeat(F + jnp.arange(R), n)])
-        stays = jnp.concatenate([jnp.ones(F * PATCHES, bool), jnp.repeat(kept, n)])
+        order = jnp.concatenate([jnp.repeat(2 * jnp.arange(F), p), jnp.repeat(2 * at + 1, n)])
+        which = jnp.concatenate([jnp.repeat(jnp.arange(F), p), jnp.repeat(F + jnp.arange(R), n)])
+        stays = jnp.concatenate([jnp.ones(F * p, bool), jnp.repeat(kept, n)])
         index = jnp.arange(len(order))
         visible = (order < order[:, None]) & stays | (which == which[:, None]) & (index <= index[:, None])
 
@@ -340,9 +348,9 @@ class VideoQA(eqx.Module):
             q, k, v = block.qkv(h, positions)
             return block.close(h, attend(q, k.swapaxes(0, 1), v.swapaxes(0, 1), visible)), None
 
-        seen = jax.vmap(self.stem)(frames).reshape(F * PATCHES, -1)
+        seen = jax.vmap(lambda frame, shown: self.stem(frame)[shown])(frames, shown).reshape(F * p, -1)
         h, _ = lax.scan(layer, jnp.concatenate([seen, self.llama.embedding[rounds.reshape(-1)]]), self.llama.blocks)
-        last = jnp.concatenate([h[PATCHES - 1 : F * PATCHES : PATCHES], h[F * PATCHES :]])
+        last = jnp.concatenate([h[p - 1 : F * p : p], h[F * p :]])
         logits = rms_norm(last, self.llama.norm, self.llama.config.eps) @ self.llama.head.T
         return logits[:F], logits[F:].reshape(R, n, -1)
 
