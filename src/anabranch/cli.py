@@ -124,6 +124,8 @@ def _serve_model(config: Any, folder: Path) -> None:
     from anabranch.schedule.live import Live
 
     said = config.model
+    if said.memory is not None:
+        raise ConfigError("model.memory: sessions of a server have a size; `anabranch chat` has memories that forget")
     scheduler = resolve(said.scheduler, folder, "model.scheduler")
     try:
         scheduler = scheduler(**said.options)
@@ -141,6 +143,66 @@ def _serve_model(config: Any, folder: Path) -> None:
         task = progress.add_task("")
         live.warm(lambda step: progress.update(task, description=f"compiling {step}"))
     server.run(app, config.serve)
+
+
+@app.command()
+def chat(
+    pipeline: Annotated[Path | None, typer.Argument(help="A file with [model] (TOML); else SmolLM2.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="module:name of a policy, such as anabranch.keep.memory:H2O.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens that it keeps.", min=1)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is always the likeliest token.", min=0)] = 0.0,
+    limit: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 512,
+) -> None:
+    """Talk with a language model, for as long as you like, in bounded memory. Reads lines from stdin; /quit ends."""
+    from anabranch.models import weights
+    from anabranch.models.llama import Decoder, int8
+    from anabranch.models.tokens import Tokens
+    from anabranch.run.chat import Chat
+    from anabranch.run.config import ConfigError, MemoryConfig, ModelConfig, ServedModelFile, read_served, resolve
+
+    try:
+        config, folder = ModelConfig(name="smollm2", weights="smollm2"), Path()
+        if pipeline is not None:
+            found, folder = read_served(pipeline), pipeline.parent
+            if not isinstance(found, ServedModelFile):
+                raise ConfigError(f"{pipeline}: model: a language model is needed to talk with")
+            config = found.model
+        said = config.memory or MemoryConfig()
+        policy = resolve(memory or said.policy, folder, "memory" if memory else "model.memory.policy")
+        options = {"budget": MemoryConfig().options["budget"]} if memory else said.options
+        try:
+            keep = policy(**options | ({} if budget is None else {"budget": budget}))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.memory.options: {error}") from None
+        file = weights.find(config.weights, folder)
+        model = Decoder(weights.load(file), keep=keep)
+        talk = Chat(int8(model) if config.int8 else model, Tokens.of(file), temperature=temperature, limit=limit)
+        _talk(talk)
+    except (ConfigError, ImportError, FileNotFoundError, ValueError) as error:
+        _fail(error)
+
+
+def _talk(chat: Any) -> None:
+    """Read messages from stdin until it ends, and print the answers; what is remembered goes to stderr."""
+    told, asked = Console(stderr=True), sys.stdin.isatty()
+    while True:
+        try:
+            text = input("> " if asked else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text == "/quit":
+            return
+        if not text:
+            continue
+        try:
+            for part in chat.say(text):
+                print(part, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print()
+        told.print(f"{chat.read:,} tokens read, {chat.kept:,} kept", style="dim", highlight=False)
 
 
 @app.command()

@@ -19,7 +19,8 @@ Of the policies here `Window` and `Sinks` look at positions only, `KeyNorm` and 
 others at how much attention a token got: for that, an extension adds up the attention of its queries.
 """
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -44,6 +45,10 @@ class Held(eqx.Module):
     """The attention that it got from those of the last extension."""
     seen: Float[Array, "kv S"]
     """How many queries could see it."""
+    budget: Int[Array, ""]
+    """Tokens that stay when there is no room left."""
+    own: Any
+    """What else the policy remembers of this layer."""
     keep: "Keep"
     place: Int[Array, "kv S axes"] | None = None
     """In a video, where in the frame each token was."""
@@ -69,19 +74,20 @@ class Held(eqx.Module):
             ValueError: if T tokens never have room.
         """
         (T, heads, D), (kv, S) = q.shape, self.position.shape
-        if T > S - self.keep.budget:
+        if T > self.keep.room:
             raise ValueError(f"a memory with room={self.keep.room} beside its budget takes no {T} tokens at once")
-        old = branch((self.live + T > S).any(), Held.compressed, lambda held: held, self)
+        full = self.live + T > self.budget + self.keep.room
+        old = branch(full.any(), Held.compressed, lambda held: held, self)
         begin = old.live
         head, slot = jnp.arange(kv)[:, None], begin[:, None] + jnp.arange(T)
         put = lambda array, x: array.at[head, slot].set(x)
         zero = jnp.zeros((kv, T))
-        time, place = (
-            (positions, None) if old.place is None else (positions[:, 0], put(old.place, positions[None, :, 1:]))
-        )
-        new = Held(
-            put(old.k, k.swapaxes(0, 1)), put(old.v, v.swapaxes(0, 1)), put(old.position, time[None]),
-            put(old.mass, zero), put(old.last, zero), put(old.seen, zero), self.keep, place,
+        time, place = positions, None
+        if old.place is not None:
+            time, place = positions[:, 0], put(old.place, positions[None, :, 1:])
+        new = replace(
+            old, k=put(old.k, k.swapaxes(0, 1)), v=put(old.v, v.swapaxes(0, 1)), mass=put(old.mass, zero), place=place,
+            position=put(old.position, time[None]), last=put(old.last, zero), seen=put(old.seen, zero),
         )  # fmt: skip
         turned, asked = new._turned(q.reshape(T, kv, -1, D), slot, rotate)
         score = jnp.einsum("ktgd,ksd->ktgs", asked, turned) * D**-0.5
@@ -91,9 +97,8 @@ class Held(eqx.Module):
         if not self.keep.watches:
             return o, new
         got = share.sum((1, 2))
-        return o, eqx.tree_at(
-            lambda held: (held.mass, held.last, held.seen), new, (new.mass + got, got, new.seen + visible.sum(1))
-        )
+        new = replace(new, mass=new.mass + got, last=got, seen=new.seen + visible.sum(1))
+        return o, self.keep.watch(new, share)
 
     def _turned(
         self, q: Float[Array, "T kv g D"], slot: Int[Array, "kv T"], rotate: Rotate
@@ -113,20 +118,23 @@ class Held(eqx.Module):
     def compressed(self) -> "Held":
         """With the `budget` tokens of each head that the policy keeps."""
         there, protected = self.position >= 0, self.keep.protect(self)
+        (_, S), most = there.shape, self.keep.most
         rank = jnp.where(there, jnp.where(protected, jnp.inf, self.keep.score(self)), -jnp.inf)
-        # The newer of equals stays; those that stay keep their order.
-        newest = jnp.flip(jnp.argsort(rank, axis=-1, stable=True), -1)[:, : self.keep.budget]
-        stay = jnp.sort(newest, axis=-1)
-        empty = ((0, 0), (0, self.position.shape[1] - self.keep.budget))
+        # The newer of equals stays; those that stay keep their order. Slot S is none: there the budget is exhausted.
+        best = jnp.flip(jnp.argsort(rank, axis=-1, stable=True), -1)[:, :most]
+        stay = jnp.sort(jnp.where(jnp.arange(most) < self.budget, best, S), axis=-1)
 
         def kept(array: Array, fill: float) -> Array:
-            some = jnp.take_along_axis(array, stay.reshape(*stay.shape, *[1] * (array.ndim - 2)), 1)
-            return jnp.pad(some, (*empty, *[(0, 0)] * (array.ndim - 2)), constant_values=fill)
+            wide = [(0, 0)] * (array.ndim - 2)
+            some = jnp.take_along_axis(array, stay.reshape(*stay.shape, *[1] * len(wide)), 1, "fill", fill)
+            return jnp.pad(some, ((0, 0), (0, S - most), *wide), constant_values=fill)
 
-        position = kept(self.position, -1)
-        mass, last, seen = (kept(array, 0) for array in (self.mass, self.last, self.seen))
-        place = None if self.place is None else kept(self.place, 0)
-        return Held(kept(self.k, 0), kept(self.v, 0), position, mass, last, seen, self.keep, place)
+        new = replace(
+            self, k=kept(self.k, 0), v=kept(self.v, 0), position=kept(self.position, -1),
+            mass=kept(self.mass, 0), last=kept(self.last, 0), seen=kept(self.seen, 0),
+            place=None if self.place is None else kept(self.place, 0),
+        )  # fmt: skip
+        return self.keep.after(self, stay, new)
 
 
 class Keep(eqx.Module):
@@ -153,13 +161,23 @@ class Keep(eqx.Module):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def most(self) -> int:
+        """The largest budget that a layer can have; its memory has `room` slots more."""
+        return self.budget
+
     def empty(self, heads: int, width: int, places: int = 0) -> Held:
         """A memory of `heads` keys and values of `width` numbers; in a video, of tokens with that many `places`."""
-        shape = heads, self.budget + self.room
-        zero = jnp.zeros(shape)
-        kv = jnp.zeros((*shape, width))
+        shape = heads, self.most + self.room
+        mass, last, seen = (jnp.zeros(shape) for _ in range(3))  # not the same array, which could not be donated
+        k, v = (jnp.zeros((*shape, width)) for _ in range(2))
+        position, budget = jnp.full(shape, -1, jnp.int32), jnp.int32(self.budget)
         place = jnp.zeros((*shape, places), jnp.int32) if places else None
-        return Held(kv, kv, jnp.full(shape, -1, jnp.int32), zero, zero, zero, self, place)
+        return Held(k, v, position, mass, last, seen, budget, self.begin(heads), self, place)
+
+    def begin(self, heads: int) -> Any:
+        """What the policy remembers of a layer beside what is kept: `Held.own`."""
+        return None
 
     def score(self, held: Held) -> Float[Array, "kv S"]:
         """What each token is worth: the largest stay."""
@@ -169,7 +187,19 @@ class Keep(eqx.Module):
         """Which tokens stay whatever they are worth."""
         return jnp.zeros(held.position.shape, bool)
 
-    def recent(self, held: Held, n: int) -> Bool[Array, "kv S"]:
+    def watch(self, held: Held, share: Float[Array, "kv T g S"]) -> Held:
+        """What the policy remembers of the attention that T queries of g heads for each key head gave."""
+        return held
+
+    def after(self, old: Held, stay: Int[Array, "kv most"], new: Held) -> Held:
+        """What becomes of `new`, which has kept the slots `stay` of `old`; as many as there are slots are none."""
+        return new
+
+    def settle(self, memory: tuple[Held, ...]) -> tuple[Held, ...]:
+        """The memories of all layers, after each extension: for what is decided across layers."""
+        return memory
+
+    def recent(self, held: Held, n: int | Int[Array, ""]) -> Bool[Array, "kv S"]:
         """The last n tokens."""
         return jnp.arange(held.position.shape[1]) >= held.live[:, None] - n
 
@@ -220,7 +250,8 @@ class SnapKV(Keep):
 
     def score(self, held):
         half = self.pool // 2
-        padded = jnp.pad(held.last, ((0, 0), (half, half)))
+        before = jnp.where(self.recent(held, self.window), 0.0, held.last)  # those that stay anyway lend nothing
+        padded = jnp.pad(before, ((0, 0), (half, half)))
         size = held.last.shape[1]
         return jnp.stack([padded[:, i : i + size] for i in range(2 * half + 1)]).mean(0)
 

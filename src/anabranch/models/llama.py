@@ -315,7 +315,8 @@ class Decoder(Cell):
             return state, jnp.concatenate([logits, rest])
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
-        return Session(memory, state.length + len(xs)), self.logits(h)
+        settle = getattr(self.keep, "settle", lambda memory: memory)  # what is decided across layers
+        return Session(settle(memory), state.length + len(xs)), self.logits(h)
 
     def prefill(
         self, state: Session, xs: Int[Array, " T"], n: Int[Array, ""]

@@ -263,6 +263,15 @@ class ServedCellFile(Section):
     serve: ServeConfig = Field(default_factory=lambda: ServeConfig.model_validate({}))
 
 
+class MemoryConfig(Section):
+    """What a language model remembers of a conversation without end."""
+
+    policy: str = "anabranch.keep.memory:Sinks"
+    """`module:name` of what says which tokens stay."""
+    options: dict[str, Any] = {"budget": 1024}
+    """Of the policy."""
+
+
 class ModelConfig(Section):
     """A language model that is served: a file with `[model]` in place of a source and stages."""
 
@@ -280,6 +289,8 @@ class ModelConfig(Section):
     """`module:name` of what says which prompts and answers go on next."""
     options: dict[str, Any] = {"chunk": 256}
     """Of the scheduler."""
+    memory: MemoryConfig | None = None
+    """Of `anabranch chat`, whose conversations have no end; sessions of a server have a size."""
 
 
 class ServedModelFile(Section):

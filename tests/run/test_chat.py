@@ -1,0 +1,116 @@
+"""Conversations without end."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from anabranch import cli
+from anabranch.keep.memory import Sinks
+from anabranch.models.llama import Config, Decoder, Llama
+from anabranch.run.chat import Chat
+
+START, END = 256, 257
+
+
+class Bytes:
+    """A vocabulary of bytes, with a template as most models have it."""
+
+    stop = {END}
+
+    def plain(self, text):
+        return list(text.encode())
+
+    def bytes(self, token):
+        return bytes([token]) if token < START else b""
+
+    def chat(self, messages):
+        said = [[START, *self.plain(f"{m['role']}\n{m['content']}"), END, 10] for m in messages]
+        return [*sum(said, self.plain("Be kind.\n")), START, *self.plain("assistant\n")]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    sizes = Config(vocab=258, width=16, layers=1, heads=2, kv_heads=1, hidden=16)
+    return jax.tree.map(lambda x: 4 * x, Llama(sizes, key=jax.random.PRNGKey(0)))
+
+
+def test_what_is_new_is_read_as_the_template_would_have_it(llama):
+    """With room for all, the memory after two turns is that of the whole conversation, read at once."""
+    cell, words = Decoder(llama, keep=Sinks(400, room=64)), Bytes()
+    chat = Chat(cell, words, limit=5)
+    answers = [b"".join(map(words.bytes, _tokens(chat, text))).decode(errors="replace") for text in ("Hello", "And?")]
+    first, second = chat.heard
+    whole = words.chat(
+        [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": ""},
+            {"role": "user", "content": "And?"},
+        ]
+    )
+    at = len(words.chat([{"role": "user", "content": "Hello"}]))
+    whole = [*whole[:at], *first, *whole[at:], *second]
+    assert chat.read == len(whole) and len(answers) == 2
+    state, _ = cell.advance(cell.init(), jnp.array(whole))
+    next_one = jnp.int32(65)
+    np.testing.assert_allclose(cell.step(state, next_one)[1], cell.step(chat.state, next_one)[1], atol=1e-3)
+
+
+def _tokens(chat, text):
+    """The tokens of an answer, which are also noted."""
+    said, take = [], chat._take
+
+    def noted(tokens):
+        if len(tokens) == 1:
+            said.extend(tokens)
+        return take(tokens)
+
+    chat._take = noted
+    list(chat.say(text))
+    chat._take = take
+    chat.heard = [*getattr(chat, "heard", []), said]
+    return said
+
+
+def test_it_goes_on_in_bounded_memory(llama):
+    chat = Chat(Decoder(llama, keep=Sinks(24, 2, room=16)), Bytes(), temperature=1.0, top_p=0.9, seed=3, limit=8)
+    shapes = jax.tree.map(jnp.shape, chat.state)
+    said = ["".join(chat.say("Tell me more")) for _ in range(4)]
+    assert chat.read > 150 and 24 <= chat.kept <= 40 and len(set(said)) > 1
+    assert jax.tree.map(jnp.shape, chat.state) == shapes
+    assert chat.state.memory[0].position[0, :2].tolist() == [0, 1]
+    again = Chat(chat.model, Bytes(), temperature=1.0, top_p=0.9, seed=3, limit=8)
+    assert "".join(again.say("Tell me more")) == said[0]
+
+
+def test_what_cannot_be_is_named(llama):
+    with pytest.raises(ValueError, match="a memory that forgets, got Room"):
+        Chat(Decoder(llama, 16), Bytes())
+    with pytest.raises(ValueError, match=r"got temperature=-1, top_p=1\.0, limit=512"):
+        Chat(Decoder(llama, keep=Sinks(16)), Bytes(), temperature=-1)
+
+
+def test_lines_are_answered_until_quit(llama, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n/quit\nnever\n"))
+    chat = Chat(Decoder(llama, keep=Sinks(24, 2, room=16)), Bytes(), limit=4)
+    cli._talk(chat)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) >= 1 and f"{chat.read:,} tokens read, {chat.kept:,} kept" in err and chat.read < 60
+
+
+def test_a_file_says_which_memory(tmp_path):
+    run = lambda *args: CliRunner().invoke(cli.app, ["chat", *args])
+    path = tmp_path / "chat.toml"
+    path.write_text(
+        '[model]\nname = "m"\nweights = "none.gguf"\n[model.memory]\npolicy = "anabranch.keep.memory:Lost"\n'
+    )
+    assert "model.memory.policy: anabranch.keep.memory has no 'Lost'" in run(str(path)).output
+    path.write_text(path.read_text().replace("Lost", "H2O") + "options = { budget = 0 }\n")
+    assert "model.memory.options: budget must be at least 1, got 0" in run(str(path)).output
+    path.write_text(path.read_text().replace("budget = 0", "budget = 9"))
+    assert "there is no model" in run(str(path)).output
+    served = CliRunner().invoke(cli.app, ["serve", str(path)])
+    assert "model.memory: sessions of a server have a size" in served.output
