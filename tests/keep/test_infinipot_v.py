@@ -1,4 +1,4 @@
-"""InfiniPot-V against the arithmetic of the authors' code, derived again in NumPy, and what it does with true places."""
+"""InfiniPot-V against the arithmetic of the authors' code, derived again in NumPy, and its true places."""
 
 import itertools
 

@@ -33,7 +33,6 @@ compression (`Keep.compact`), where the code knows the whole clip and keeps posi
 from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
