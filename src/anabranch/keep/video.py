@@ -88,7 +88,7 @@ class Answers(NamedTuple):
     def table(self) -> dict[str, float]:
         """The accuracy of each kind of question."""
         names = self.names()
-        counted = {name: self.right[self.valid & (names == name)] for name in sorted(set(names.flat))}
+        counted = {str(name): self.right[self.valid & (names == name)] for name in sorted(set(names.flat))}
         return {name: float(right.mean()) for name, right in counted.items() if len(right)}
 
     def pooled(self, names: Sequence[str]) -> float:
