@@ -134,10 +134,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def frames():
-    """Scenes of four frames in which a corner changes."""
+    """Scenes of four frames in which one patch changes."""
     rng = np.random.default_rng(0)
     scenes = np.repeat(rng.uniform(size=(4, 16, 16)), 4, 0).astype(np.float32)
-    scenes[1::2, :4, :4] = rng.uniform(size=(8, 4, 4))
+    scenes[1::2, 8:12, 4:8] = rng.uniform(size=(8, 4, 4))
     return jnp.asarray(scenes)
 
 
