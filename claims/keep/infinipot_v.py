@@ -1,9 +1,9 @@
 """InfiniPot-V knows more of scenes long gone than the last frames, or frames spread evenly, with as many tokens.
 
 Streams of 192 frames of 16 tokens, of which a memory keeps an eighth (with --full also a sixteenth and a quarter), and
-has room for a third as many that come. All arms have as many slots. Questions are asked at the end of each stream, when a memory
-of an eighth has been full 20 times; it did not know them. Accuracies are means over kinds of question. What all tokens
-give is the model's one pass over the whole stream.
+has room for a third as many that come. All arms have as many slots. Questions are asked at the end of each stream, when
+a memory of an eighth has been full 20 times; it did not know them. Accuracies are means over kinds of question. What all
+tokens give is the model's one pass over the whole stream.
 """
 
 import jax
@@ -45,16 +45,13 @@ def variants(budget: int, more: bool) -> dict[str, Keep]:
     """Others of the same size."""
     ours = lambda kind=InfiniPotV, **options: kind(budget, room=budget // 3 // PATCHES * PATCHES + 3, **options)
     alone = {"TaR alone": ours(tar=1.0), "VaN alone": ours(tar=0.0)}
-    return (
-        alone
-        if not more
-        else alone
-        | {
-            "norms pooled": ours(pool=True),
-            "keys turned": ours(Turned),
-            "places as in the code": ours(exact=False),
-        }
-    )
+    if not more:
+        return alone
+    return alone | {
+        "norms pooled": ours(pool=True),
+        "keys turned": ours(Turned),
+        "places as in the code": ours(exact=False),
+    }
 
 
 def said(rows: list[Answers]) -> str:
