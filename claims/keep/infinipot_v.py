@@ -2,8 +2,8 @@
 
 Streams of 192 frames of 16 tokens, of which a memory keeps an eighth (with --full also a sixteenth and a quarter), and
 has room for a third as many that come. All arms have as many slots. Questions are asked at the end of each stream, when
-a memory of an eighth has been full 20 times; it did not know them. Accuracies are means over kinds of question. What all
-tokens give is the model's one pass over the whole stream.
+a memory of an eighth has been full 20 times; it did not know them. Accuracies are means over kinds of question. What
+all tokens give is the model's one pass over the whole stream.
 """
 
 import jax
