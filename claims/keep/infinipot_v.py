@@ -115,14 +115,15 @@ def experiment(size: Size) -> list[Comparison]:
         seeds = [FIRST_SEED + i for i in range(3)]
         run = {"streams": 200 if size.full else 60, "frames": 192, "together": 20}
     everywhere = run["frames"] * PATCHES
-    asked = lambda keep, world, seeds: [watch(Watcher(model, keep), world, seed, **run) for seed in seeds]
+    few = run if size.full else run | {"streams": run["together"]}
+    asked = lambda keep, world, seeds, run: [watch(Watcher(model, keep), world, seed, **run) for seed in seeds]
 
     found, notes = {}, [knows]
     for name, keep in list(arms(everywhere // 8).items())[: 2 if size.smoke else None]:  # compiling takes long
-        found[name] = asked(keep, still, seeds)
+        found[name] = asked(keep, still, seeds, run)
         notes.append(f"{name}: {said(found[name])}")
         print(notes[-1], flush=True)
-    streams, now, others = min(run["streams"], 200 if size.full else 20), found["InfiniPot-V"], []
+    streams, now, others = few["streams"], found["InfiniPot-V"], []
     if not size.smoke:
         now = [whole(model, still, seed, streams=streams, frames=run["frames"]) for seed in seeds]
         notes.append(f"all, the first {streams} streams of each seed: {said(now)}")
@@ -131,7 +132,7 @@ def experiment(size: Size) -> list[Comparison]:
         for part in (16, 4) if size.full else ():
             rest += [(f"1/{part} kept, {name}", keep, still) for name, keep in arms(everywhere // part).items()]
         for name, keep, world in rest:
-            rows = asked(keep, world, seeds if size.full else seeds[:1])
+            rows = asked(keep, world, seeds if size.full else seeds[:1], few)
             others.append(f"{name}: past {np.mean(past(rows)):.2f}, all {np.mean(everything(rows)):.2f}")
             print(others[-1], flush=True)
     found.setdefault("uniform", found["window"])
