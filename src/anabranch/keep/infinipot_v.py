@@ -173,22 +173,21 @@ def van_score(
     number that fits into time, height and width alike.
     """
     kv, S = norm.shape
-    head, (row, column) = jnp.arange(kv)[:, None], jnp.divmod(at.place, grid[1])
-    order = jnp.cumsum(at.vision, -1) - 1
-    index = {1: (head, order), 2: (head, at.frame, row, column)}
-    index[3] = index[2]
-    shape, out = {1: (kv, S), 2: (kv, S, *grid), 3: (kv, S, *grid)}, [norm]
-    for n in (1, 2, 3):
-        width = WINDOWS[n - 1]
+    head, order = jnp.arange(kv)[:, None], jnp.cumsum(at.vision, -1) - 1
+
+    def pooled(n: int) -> Array:
+        where, sizes, width = (order,), (S,), WINDOWS[n - 1]
         if n > 1:
+            where, sizes = (at.frame, *jnp.divmod(at.place, grid[1])), (S, *grid)
             width = min(width, frames, *grid)
             width -= width % 2 == 0
-        window = [1] * (len(shape[n]) - n) + [width] * n
-        around = lambda x: lax.reduce_window(x, 0.0, lax.add, window, [1] * len(window), "SAME")
         # Slots that are no tokens of a frame are out of bounds, and dropped.
-        put = lambda x: (
-            jnp.zeros(shape[n]).at[(head, jnp.where(at.vision, index[n][1], S), *index[n][2:])].set(x, mode="drop")
+        to = (head, jnp.where(at.vision, where[0], S), *where[1:])
+        window = (1,) * (1 + len(sizes) - n) + (width,) * n
+        around = lambda x: lax.reduce_window(
+            jnp.zeros((kv, *sizes)).at[to].set(x, mode="drop"), 0.0, lax.add, window, (1,) * len(window), "SAME"
         )
-        number = around(put(jnp.ones_like(norm))) if exact else float(width**n)
-        out.append((around(put(norm)) / number)[index[n]])
-    return jnp.select([axes == n for n in range(4)], out)
+        number = around(jnp.ones_like(norm)) if exact else float(width**n)
+        return (around(norm) / number)[(head, *where)]
+
+    return jnp.select([axes == n for n in range(4)], [norm, *(pooled(n) for n in (1, 2, 3))])
