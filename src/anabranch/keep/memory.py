@@ -38,7 +38,7 @@ class Held(eqx.Module):
     k: Float[Array, "kv S D"]
     v: Float[Array, "kv S D"]
     position: Int[Array, "kv S"]
-    """Where in the text each token was; -1 where the slot is empty."""
+    """Where in the text each token was; -1 where the slot is empty. In a video, when: tokens of a frame share it."""
     mass: Float[Array, "kv S"]
     """The attention that it got from all queries so far."""
     last: Float[Array, "kv S"]
@@ -50,6 +50,8 @@ class Held(eqx.Module):
     own: Any
     """What else the policy remembers of this layer."""
     keep: "Keep"
+    place: Int[Array, "kv S axes"] | None = None
+    """In a video, where in the frame each token was."""
 
     @property
     def live(self) -> Int[Array, " kv"]:
@@ -61,10 +63,12 @@ class Held(eqx.Module):
         q: Float[Array, "T heads D"],
         k: Float[Array, "T kv D"],
         v: Float[Array, "T kv D"],
-        positions: Int[Array, " T"],
+        positions: Int[Array, "T *axes"],
         rotate: Rotate,
     ) -> tuple[Float[Array, "T heads*D"], "Held"]:
         """Make room if there is none, write T tokens, and attend from each to what is kept and those before it.
+
+        In a video, positions are (time, place). A token whose position is -1 is none, and must come after all others.
 
         Raises:
             ValueError: if T tokens never have room.
@@ -78,11 +82,14 @@ class Held(eqx.Module):
         head, slot = jnp.arange(kv)[:, None], begin[:, None] + jnp.arange(T)
         put = lambda array, x: array.at[head, slot].set(x)
         zero = jnp.zeros((kv, T))
+        time, place = positions, None
+        if old.place is not None:
+            time, place = positions[:, 0], put(old.place, positions[None, :, 1:])
         new = replace(
-            old, k=put(old.k, k.swapaxes(0, 1)), v=put(old.v, v.swapaxes(0, 1)), mass=put(old.mass, zero),
-            position=put(old.position, positions[None]), last=put(old.last, zero), seen=put(old.seen, zero),
+            old, k=put(old.k, k.swapaxes(0, 1)), v=put(old.v, v.swapaxes(0, 1)), mass=put(old.mass, zero), place=place,
+            position=put(old.position, time[None]), last=put(old.last, zero), seen=put(old.seen, zero),
         )  # fmt: skip
-        turned, asked = new._turned(q.reshape(T, kv, -1, D), begin, positions, rotate)
+        turned, asked = new._turned(q.reshape(T, kv, -1, D), slot, rotate)
         score = jnp.einsum("ktgd,ksd->ktgs", asked, turned) * D**-0.5
         visible = jnp.arange(S) <= slot[..., None]  # (kv, T, S): tokens are in the order of their slots
         share = jax.nn.softmax(jnp.where(visible[:, :, None], score, -jnp.inf))
@@ -94,16 +101,19 @@ class Held(eqx.Module):
         return o, self.keep.watch(new, share)
 
     def _turned(
-        self, q: Float[Array, "T kv g D"], begin: Int[Array, " kv"], positions: Int[Array, " T"], rotate: Rotate
+        self, q: Float[Array, "T kv g D"], slot: Int[Array, "kv T"], rotate: Rotate
     ) -> tuple[Float[Array, "kv S D"], Float[Array, "kv T g D"]]:
         """Keys and queries, turned to where they stand."""
-        if self.keep.compact:
+        if self.keep.compact and self.place is None:
             keys = rotate(self.k.swapaxes(0, 1), jnp.arange(self.k.shape[1])).swapaxes(0, 1)
-            at = begin[:, None] + jnp.arange(len(q))
-        else:
-            keys = jax.vmap(lambda k, at: rotate(k[:, None], at)[:, 0])(self.k, self.position)
-            at = jnp.broadcast_to(positions, (len(begin), len(q)))
-        return keys, jax.vmap(rotate)(q.swapaxes(0, 1), at)
+            return keys, jax.vmap(rotate)(q.swapaxes(0, 1), slot)
+        at = self.position
+        if self.keep.compact:  # tokens of one time stand at one rank
+            at = jnp.cumsum(jnp.diff(at, prepend=at[:, :1]) != 0, 1)
+        if self.place is not None:
+            at = jnp.concatenate([at[..., None], self.place], -1)
+        keys = jax.vmap(lambda k, at: rotate(k[:, None], at)[:, 0])(self.k, at)
+        return keys, jax.vmap(lambda q, at, slot: rotate(q, at[slot]))(q.swapaxes(0, 1), at, slot)
 
     def compressed(self) -> "Held":
         """With the `budget` tokens of each head that the policy keeps."""
@@ -122,6 +132,7 @@ class Held(eqx.Module):
         new = replace(
             self, k=kept(self.k, 0), v=kept(self.v, 0), position=kept(self.position, -1),
             mass=kept(self.mass, 0), last=kept(self.last, 0), seen=kept(self.seen, 0),
+            place=None if self.place is None else kept(self.place, 0),
         )  # fmt: skip
         return self.keep.after(self, stay, new)
 
@@ -155,13 +166,14 @@ class Keep(eqx.Module):
         """The largest budget that a layer can have; its memory has `room` slots more."""
         return self.budget
 
-    def empty(self, heads: int, width: int) -> Held:
-        """A memory of `heads` keys and values of `width` numbers."""
+    def empty(self, heads: int, width: int, places: int = 0) -> Held:
+        """A memory of `heads` keys and values of `width` numbers; in a video, of tokens with that many `places`."""
         shape = heads, self.most + self.room
         mass, last, seen = (jnp.zeros(shape) for _ in range(3))  # not the same array, which could not be donated
         k, v = (jnp.zeros((*shape, width)) for _ in range(2))
         position, budget = jnp.full(shape, -1, jnp.int32), jnp.int32(self.budget)
-        return Held(k, v, position, mass, last, seen, budget, self.begin(heads), self)
+        place = jnp.zeros((*shape, places), jnp.int32) if places else None
+        return Held(k, v, position, mass, last, seen, budget, self.begin(heads), self, place)
 
     def begin(self, heads: int) -> Any:
         """What the policy remembers of a layer beside what is kept: `Held.own`."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from anabranch.layers.attention import attend, grouped_attention
 
-Rotate = Callable[[Float[Array, "T n D"], Int[Array, " T"]], Float[Array, "T n D"]]
+Rotate = Callable[[Float[Array, "T n D"], Int[Array, "T *axes"]], Float[Array, "T n D"]]
 
 
 class KV(eqx.Module):

@@ -98,10 +98,10 @@ def rms_norm(x: Float[Array, "T d"], scale: Float[Array, " d"], eps: float) -> F
 
 
 def rope(
-    x: Float[Array, "T n D"], positions: Int[Array, " T"], frequencies: Float[np.ndarray, " D/2"]
+    x: Float[Array, "T n D"], positions: Int[Array, "T *axes"], frequencies: Float[np.ndarray, "*axes D/2"]
 ) -> Float[Array, "T n D"]:
-    """Turns pairs of features (i, i + D/2) by an angle that grows with the position."""
-    angle = positions[:, None] * frequencies
+    """Turns pairs of features (i, i + D/2) by an angle that grows with the position, or with those on several axes."""
+    angle = positions[:, None] * frequencies if positions.ndim == 1 else positions @ frequencies
     cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
     a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
