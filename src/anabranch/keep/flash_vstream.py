@@ -10,11 +10,9 @@ The stream is the features of frames, f32[P, D] on a square grid of P patches; t
 - *retrieved*: for each of the heaviest clusters, the real frame nearest to its centroid, whole.
 
     >>> memory = STARMemory(16, 8, clusters=5, grid=2, abstract=3, key=jax.random.PRNGKey(0))
-    >>> state = memory.init()
-    >>> for t in range(9):
-    ...     state, read = memory.step(state, jax.random.normal(jax.random.PRNGKey(t), (16, 8)))
-    >>> read.tokens.shape, float(state.weight.sum())  # 3 + 5 * 4 + (3 + 1) * 16 tokens, of 9 frames
-    ((87, 8), 9.0)
+    >>> state, read = memory.advance(memory.init(), jax.random.normal(jax.random.PRNGKey(1), (9, 16, 8)))
+    >>> read.tokens.shape, float(state.weight.sum())  # after each of 9 frames, 3 + 5 * 4 + (3 + 1) * 16 tokens
+    ((9, 87, 8), 9.0)
 
 `FlashVStream` is a model that watches with such a memory: frames only change the memory, and a question is answered
 from what it then holds.
@@ -30,7 +28,7 @@ Where this differs from the authors' code (IVGSZ/Flash-VStream):
 - Clusters and retrieved frames are read in the order of time, with positions (rank in time, y, x); what stands for
   several frames or patches is where they are in the mean. In the code they are in no order and tokens are numbered.
 - The model is of `models.video_qa`, whose stem makes the features, so that there is no projector between.
-- Features have no gradient through the choice of a cluster, only through the means.
+- Gradients pass through the means, not through the choice of a cluster.
 
 Attention over the tokens of a single new frame, of which there is one, is 1: for it to be selective, frames must come
 in blocks (`write`).
@@ -168,6 +166,8 @@ class STARMemory(Cell):
         ValueError: if a size is not positive, more is to be retrieved than there are clusters, P is not square, or its
             side is no multiple of `grid`.
     """
+
+    smooth = False  # frames change clusters, and of a cluster of two either one may be the nearest
 
     attention: SemanticAttention
     patches: int = eqx.field(static=True)
@@ -335,6 +335,8 @@ class FlashVStream(Cell):
         ValueError: if the memory is not for frames of the model.
     """
 
+    smooth = False
+
     model: VideoQA
     memory: STARMemory
 
@@ -380,7 +382,7 @@ def answer(model: VideoQA, read: Read, question: Int[Array, " T"]) -> Float[Arra
 
 
 def example() -> tuple[STARMemory, Float[Array, "T P D"]]:
-    """A small memory, and the features of 40 frames of which every eighth begins a new scene."""
-    scenes = jax.random.normal(jax.random.PRNGKey(0), (5, 16, 8))
-    frames = jnp.repeat(scenes, 8, 0) + 0.1 * jax.random.normal(jax.random.PRNGKey(1), (40, 16, 8))
+    """A small memory, and the features of 24 frames of which every eighth begins a new scene."""
+    scenes = jax.random.normal(jax.random.PRNGKey(0), (3, 16, 8))
+    frames = jnp.repeat(scenes, 8, 0) + 0.1 * jax.random.normal(jax.random.PRNGKey(1), (24, 16, 8))
     return STARMemory(16, 8, clusters=5, grid=2, abstract=3, key=jax.random.PRNGKey(2)), frames
