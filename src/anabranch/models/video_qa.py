@@ -409,14 +409,14 @@ class Watcher(Cell):
             tick = jnp.where(jnp.arange(len(tokens)) < n, tick, -1)
         positions = jnp.concatenate([tick[:, None], places], 1)
         h, memory = self.decoder.run_layers(tokens, state.memory, positions)
-        return Watched(memory, state.tick + 1), h
+        return Watched(self.keep.settle(memory), state.tick + 1), h
 
     def tell(self, state: Watched, text: Int[Array, " T"]) -> tuple[Watched, Float[Array, "T vocab"]]:
         """Take tokens of text, which stay in memory like frames: a standing question, or a round with its answer."""
         tick = state.tick + jnp.arange(len(text))
         positions = jnp.pad(tick[:, None], ((0, 0), (0, 2)))
         h, memory = self.decoder.run_layers(self.decoder.embedding[text], state.memory, positions)
-        return Watched(memory, state.tick + len(text)), self.decoder.logits(h)
+        return Watched(self.keep.settle(memory), state.tick + len(text)), self.decoder.logits(h)
 
     def ask(self, state: Watched, question: Int[Array, " T"]) -> Float[Array, " vocab"]:
         """The answer to a question, as logits; the memory is then as if it had not been asked."""
