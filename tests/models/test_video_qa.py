@@ -10,6 +10,7 @@ import pytest
 
 from anabranch import contract
 from anabranch.keep.memory import Window
+from anabranch.keep.video import whole
 from anabranch.models.video_qa import (
     ALERT,
     BACK,
@@ -32,8 +33,10 @@ from anabranch.models.video_qa import (
     World,
     alerts,
     asked,
+    load,
     question,
-)  # fmt: skip
+)
+from anabranch.train import WEIGHTS
 
 SMALL = Config(vocab=64, width=32, layers=2, heads=4, kv_heads=2, hidden=32, rope_base=1000.0)
 KEY = jax.random.PRNGKey(0)
@@ -187,3 +190,10 @@ def test_bad_input_is_refused(model, world):
         World(world.glyphs, world.labels, palette=1)
     with pytest.raises(ValueError, match="scene must be"):
         World(world.glyphs, world.labels, scene=(3, 2))
+
+
+def test_trained_weights_are_small_and_know_what_is_there_now(data):
+    """Handwriting that they were not trained on; what they know of the past is told by `keep.video.gate`."""
+    assert (WEIGHTS / "video_qa.safetensors").stat().st_size < 3e6
+    answers = whole(load(), World.of(held_out=True, scene=(2, 6)), 0, streams=20, frames=8)
+    assert answers.pooled(("digit", "where")) > 0.8 and answers.table()["seen"] > 0.75

@@ -72,12 +72,12 @@ class Uniform(Keep):
 class Answers(NamedTuple):
     """Of N streams and Q questions each."""
 
-    kind: Int[np.ndarray, "N Q"]
-    argument: Int[np.ndarray, "N Q"]
-    right: Bool[np.ndarray, "N Q"]
-    valid: Bool[np.ndarray, "N Q"]
+    kind: Int[np.ndarray | Array, "N Q"]
+    argument: Int[np.ndarray | Array, "N Q"]
+    right: Bool[np.ndarray | Array, "N Q"]
+    valid: Bool[np.ndarray | Array, "N Q"]
     """Whether the question made sense; others do not count."""
-    age: Int[np.ndarray, "N Q"]
+    age: Int[np.ndarray | Array, "N Q"]
     """Frames since the evidence was last seen; that of what was never seen is the length of the stream."""
 
     def names(self) -> np.ndarray:
@@ -88,7 +88,7 @@ class Answers(NamedTuple):
     def table(self) -> dict[str, float]:
         """The accuracy of each kind of question."""
         names = self.names()
-        counted = {name: self.right[self.valid & (names == name)] for name in sorted(set(names.flat))}
+        counted = {str(name): self.right[self.valid & (names == name)] for name in sorted(set(names.flat))}
         return {name: float(right.mean()) for name, right in counted.items() if len(right)}
 
     def pooled(self, names: Sequence[str]) -> float:
