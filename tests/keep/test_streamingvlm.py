@@ -68,7 +68,7 @@ def official(first, words, rounds, sink, window):
             a, b = a + sink + 4, b - window - 1
             if a <= b:
                 del tokens[a : b + 1]
-        tokens += ["\n", "<", "user", "\n", "time", *[("frame", i)] * 4, ">", "\n", "<", "assistant", "\n"]
+        tokens += ["\n", "<", "user", "\n", "time", *[("frame", i)] * 8, ">", "\n", "<", "assistant", "\n"]
         yield [token for token in tokens if isinstance(token, tuple)]
         tokens += [*[("word", w) for w in reply], "...", ">"]
 
@@ -80,7 +80,7 @@ def test_what_is_held_is_what_the_authors_hold(rounds):
     number = iter(range(1000))
     first = [next(number) for _ in range(3)]
     words = [[next(number) for _ in range(rng.integers(0, 4) * (rng.random() < 0.7))] for _ in range(40)]
-    keep = StreamingVLM(sink=6, text=5, vision=rounds, said=3, patches=4)
+    keep = StreamingVLM(sink=6, text=5, vision=rounds, said=3, patches=8)
     memory, tick, names = keep.empty(1, 2, places=2), 0, {}
 
     @eqx.filter_jit
@@ -97,12 +97,14 @@ def test_what_is_held_is_what_the_authors_hold(rounds):
         memory = tell(memory, word)
     for i, (reply, wanted) in enumerate(zip(words, official(first, words, rounds, 6, 6), strict=True)):
         names[tick], tick = ("frame", i), tick + 1
-        memory = extend(memory, jnp.array([[tick - 1, 1 + y, 1 + x] for y in (0, 1) for x in (0, 1)]))
+        memory = extend(memory, jnp.array([[tick - 1, 1 + y, 1 + x] for y in (0, 1) for x in range(4)]))
         assert [names[t] for t in memory.position[0].tolist() if t >= 0] == wanted
         for word in reply:
             memory = tell(memory, word)
+        held = [names[t] for t in memory.position[0].tolist() if t >= 0]
+        assert held == wanted + [("word", word) for word in reply]  # nothing leaves before the next frame
         assert memory.position.shape == (1, keep.most + keep.room)
-    assert len(wanted) > 4 * rounds + 11  # both ends of the earlier words are full
+    assert len(wanted) > 8 * rounds + 11  # both ends of the earlier words are full
 
 
 def stream(frames, words=0.4):
@@ -235,11 +237,14 @@ def test_bad_arguments_are_named(model):
     for arguments, said in (
         ({"sink": -1, "text": 1, "vision": 4}, "sink must be at least 0, got -1"),
         ({"sink": 1, "text": 1, "vision": 1}, "vision must be at least 2, got 1"),
-        ({"sink": 1, "text": 1, "vision": 4, "said": 13, "asked": 3}, "less than patches=16, got 13"),
+        (
+            {"sink": 1, "text": 1, "vision": 4, "said": 7, "asked": 2},
+            r"2 said \+ asked must be less than patches=16, got 2 \* 7 \+ 2",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             StreamingVLM(**arguments)
     with pytest.raises(ValueError, match=r"room for 16 \+ 3 tokens, got room=18"):
-        Narrator(model, StreamingVLM(sink=1, text=1, vision=4), said=3)
+        Narrator(model, StreamingVLM(sink=1, text=1, vision=4, said=1), said=3)
     with pytest.raises(ValueError, match="<= 20 frames, got overlap=8, length=8"):
         overlapped_chunks(*stream(20), 8, 8, 1, 1)

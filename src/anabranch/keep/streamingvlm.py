@@ -65,8 +65,8 @@ class StreamingVLM(Keep):
         asked: tokens that may be asked at any time without making room.
 
     Raises:
-        ValueError: if a number is negative, `vision` is less than 2, or the words of a round and a question have not
-            less tokens than a frame.
+        ValueError: if a number is negative, `vision` is less than 2, or twice the words of a round and a question have
+            not less tokens than a frame.
     """
 
     watches = False
@@ -89,12 +89,13 @@ class StreamingVLM(Keep):
         for name, value, least in (("sink", sink, 0), ("text", text, 0), ("vision", vision, 2), ("said", said, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if said + asked >= patches:
-            raise ValueError(f"said + asked must be less than patches={patches}, got {said} + {asked}")
+        if 2 * said + asked >= patches:
+            raise ValueError(f"2 said + asked must be less than patches={patches}, got 2 * {said} + {asked}")
         self.sink, self.text, self.vision, self.compact = sink, text, vision, compact
         self.budget = sink + text + (vision - 1) * (patches + said)
-        # Less than two frames: if anything is to leave, the next frame finds no room.
-        self.room = patches + said + asked
+        # For what is about to leave, a frame and as many words as join the earlier ones, and for the words of the new
+        # round and a question. Less than two frames: when a round is old, the next frame finds no room.
+        self.room = patches + 2 * said + asked
 
     def score(self, held):
         return held.position.astype(jnp.float32)
