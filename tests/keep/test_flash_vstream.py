@@ -50,7 +50,7 @@ def test_kmeans_is_that_of_the_authors(n, k):
 
 def test_abstract_memory_is_that_of_the_authors():
     """The first frames fill it, blocks after that are mixed in; a block may do both."""
-    memory = STARMemory(4, 6, clusters=3, grid=1, abstract=4, key=KEY)
+    memory = STARMemory(SemanticAttention(6, key=KEY), 4, clusters=3, grid=1, abstract=4)
     rng = np.random.default_rng(0)
     frames = rng.normal(size=(12, 4, 6)).astype(np.float32)
     state, M = memory.init(), np.zeros((0, 6))
@@ -79,7 +79,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def memory():
-    return STARMemory(16, 8, grid=2, abstract=5, key=KEY)
+    return STARMemory(SemanticAttention(8, key=KEY), 16, grid=2, abstract=5)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_weights_and_means_are_those_of_all_frames(walked, scenes):
 
 
 def test_without_weights_a_centroid_counts_as_one_frame(scenes):
-    memory = STARMemory(16, 8, clusters=6, grid=2, abstract=5, weighted=False, key=KEY)
+    memory = STARMemory(SemanticAttention(8, key=KEY), 16, clusters=6, grid=2, abstract=5, weighted=False)
     state = memory.init(key=KEY)
     for i in range(0, 20, 5):
         state = write(memory, state, scenes[i : i + 5])
@@ -150,7 +150,7 @@ def test_retrieved_frames_are_those_of_a_buffer_of_all(walked, scenes):
 
 
 def test_frames_that_repeat_leave_places_free():
-    memory = STARMemory(4, 3, clusters=3, grid=2, abstract=2, key=KEY)
+    memory = STARMemory(SemanticAttention(3, key=KEY), 4, clusters=3, grid=2, abstract=2)
     state = memory.init(key=KEY)
     weights = []
     for _ in range(5):
@@ -181,7 +181,7 @@ def test_contract():
 
 def test_it_watches_and_answers():
     model = eqx.filter_jit(VideoQA)(SMALL, key=KEY)
-    watcher = FlashVStream(model, STARMemory(16, 16, clusters=4, grid=2, abstract=3, key=KEY))
+    watcher = FlashVStream(model, STARMemory(SemanticAttention(16, key=KEY), 16, clusters=4, grid=2, abstract=3))
     frames = jax.random.uniform(KEY, (9, 16, 16))
     state, _ = eqx.filter_jit(lambda: watcher.advance(watcher.init(), frames))()
     logits = eqx.filter_jit(watcher.ask)(state, question(BACK, 2))
@@ -197,7 +197,7 @@ def test_bad_arguments_are_named(memory):
         ({"grid": 3}, "patches must be a square whose side is a multiple of grid=3, got 64"),
     ):
         with pytest.raises(ValueError, match=said):
-            STARMemory(key=KEY, **arguments)
+            STARMemory(SemanticAttention(8, key=KEY), **arguments)
     with pytest.raises(ValueError, match="at most abstract=5 frames can come at once, got 6"):
         memory.write(memory.init(), jnp.zeros((6, 16, 8)))
     with pytest.raises(ValueError, match=r"16 patches of width 16, got \(16, 8\)"):

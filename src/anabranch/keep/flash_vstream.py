@@ -9,7 +9,8 @@ The stream is the features of frames, f32[P, D] on a square grid of P patches; t
 - *abstract*: one token each, into which new frames are mixed by attention;
 - *retrieved*: for each of the heaviest clusters, the real frame nearest to its centroid, whole.
 
-    >>> memory = STARMemory(16, 8, clusters=5, grid=2, abstract=3, key=jax.random.PRNGKey(0))
+    >>> attention = SemanticAttention(8, key=jax.random.PRNGKey(0))
+    >>> memory = STARMemory(attention, 16, clusters=5, grid=2, abstract=3)
     >>> state, read = memory.advance(memory.init(), jax.random.normal(jax.random.PRNGKey(1), (9, 16, 8)))
     >>> read.tokens.shape, float(state.weight.sum())  # after each of 9 frames, 3 + 5 * 4 + (3 + 1) * 16 tokens
     ((9, 87, 8), 9.0)
@@ -34,6 +35,7 @@ Attention over the tokens of a single new frame, of which there is one, is 1: fo
 in blocks (`write`).
 """
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import equinox as eqx
@@ -152,16 +154,6 @@ class SemanticAttention(eqx.Module):
 class STARMemory(Cell):
     """Four memories of a stream of features f32[P, D]; gives what may be read after each frame.
 
-    Arguments:
-        patches: of a frame, P, on a square grid.
-        width: of the features, D.
-        recent: last frames that are kept.
-        clusters: of past frames.
-        grid: patches of a side of a centroid.
-        abstract: tokens of the abstract memory.
-        retrieved: clusters for which a frame is retrieved.
-        weighted: whether a cluster is clustered again with the weight of all its frames, or as one.
-
     Raises:
         ValueError: if a size is not positive, more is to be retrieved than there are clusters, P is not square, or its
             side is no multiple of `grid`.
@@ -170,38 +162,37 @@ class STARMemory(Cell):
     smooth = False  # frames change clusters, and of a cluster of two either one may be the nearest
 
     attention: SemanticAttention
-    patches: int = eqx.field(static=True)
-    width: int = eqx.field(static=True)
-    recent: int = eqx.field(static=True)
-    clusters: int = eqx.field(static=True)
-    grid: int = eqx.field(static=True)
-    abstract: int = eqx.field(static=True)
-    retrieved: int = eqx.field(static=True)
-    weighted: bool = eqx.field(static=True)
+    """Of width D."""
+    patches: int = eqx.field(static=True, default=64)
+    """Of a frame, P, on a square grid."""
+    _: KW_ONLY
+    recent: int = eqx.field(static=True, default=1)
+    """Last frames that are kept."""
+    clusters: int = eqx.field(static=True, default=25)
+    """Of past frames."""
+    grid: int = eqx.field(static=True, default=4)
+    """Patches of a side of a centroid."""
+    abstract: int = eqx.field(static=True, default=25)
+    """Tokens of the abstract memory."""
+    retrieved: int = eqx.field(static=True, default=3)
+    """Clusters for which a frame is retrieved."""
+    weighted: bool = eqx.field(static=True, default=True)
+    """Whether a cluster is clustered again with the weight of all its frames, or as one."""
 
-    def __init__(
-        self,
-        patches: int = 64,
-        width: int = 1024,
-        *,
-        recent: int = 1,
-        clusters: int = 25,
-        grid: int = 4,
-        abstract: int = 25,
-        retrieved: int = 3,
-        weighted: bool = True,
-        key: PRNGKeyArray,
-    ):
-        self.patches, self.width, self.recent, self.clusters = patches, width, recent, clusters
-        self.grid, self.abstract, self.retrieved, self.weighted = grid, abstract, retrieved, weighted
-        for name in ("patches", "width", "recent", "clusters", "grid", "abstract", "retrieved"):
+    def __check_init__(self):
+        for name in ("patches", "recent", "clusters", "grid", "abstract", "retrieved"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if retrieved > clusters:
-            raise ValueError(f"retrieved must be at most clusters={clusters}, got {retrieved}")
-        if self.side**2 != patches or self.side % grid:
-            raise ValueError(f"patches must be a square whose side is a multiple of grid={grid}, got {patches}")
-        self.attention = SemanticAttention(width, key=key)
+        if self.retrieved > self.clusters:
+            raise ValueError(f"retrieved must be at most clusters={self.clusters}, got {self.retrieved}")
+        if self.side**2 != self.patches or self.side % self.grid:
+            raise ValueError(
+                f"patches must be a square whose side is a multiple of grid={self.grid}, got {self.patches}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.attention.q.weight.shape[1]
 
     @property
     def side(self) -> int:
@@ -385,4 +376,4 @@ def example() -> tuple[STARMemory, Float[Array, "T P D"]]:
     """A small memory, and the features of 24 frames of which every eighth begins a new scene."""
     scenes = jax.random.normal(jax.random.PRNGKey(0), (3, 16, 8))
     frames = jnp.repeat(scenes, 8, 0) + 0.1 * jax.random.normal(jax.random.PRNGKey(1), (24, 16, 8))
-    return STARMemory(16, 8, clusters=5, grid=2, abstract=3, key=jax.random.PRNGKey(2)), frames
+    return STARMemory(SemanticAttention(8, key=jax.random.PRNGKey(2)), 16, clusters=5, grid=2, abstract=3), frames

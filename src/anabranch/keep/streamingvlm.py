@@ -46,7 +46,7 @@ from anabranch.cell import Cell
 from anabranch.keep.memory import Keep
 from anabranch.layers.attention import attend
 from anabranch.models.llama import Block, rms_norm
-from anabranch.models.video_qa import EOS, GRID, PATCHES, SILENT, VideoQA, Watched, Watcher
+from anabranch.models.video_qa import EOS, GRID, PATCHES, SILENT, VOCAB, Config, VideoQA, Watched, Watcher
 
 
 class StreamingVLM(Keep):
@@ -286,3 +286,12 @@ def sft_mask_check(
     chunk = seen(np.clip((round - overlap) // step * step, 0, last))
     both = (stream & chunk).sum()
     return float(both / stream.sum()), float(both / chunk.sum())
+
+
+def example() -> tuple[Narrator, Float[Array, "8 16 16"]]:
+    """A small model of random weights, which talks all the time, and eight random pictures."""
+    config = Config(vocab=VOCAB, width=16, layers=1, heads=2, kv_heads=1, hidden=16, rope_base=1000.0)
+    model = VideoQA(config, key=jax.random.PRNGKey(0))
+    return Narrator(model, StreamingVLM(sink=2, text=2, vision=2)), jax.random.uniform(
+        jax.random.PRNGKey(1), (8, 16, 16)
+    )
