@@ -130,14 +130,14 @@ def whole(model: VideoQA, world: World, seed: int, *, streams: int = 200, frames
     return Answers(*(np.stack(column) for column in zip(*found, strict=True)))
 
 
-def _exam(world: World, key: Array, row: Int[Array, ""], frames: int) -> tuple[Stream, Asked]:
+def exam_of(world: World, key: Array, row: Int[Array, ""], frames: int) -> tuple[Stream, Asked]:
     stream = world.stream(noise(key, row, "stream"), frames)
     keys = jax.vmap(lambda i: noise(noise(key, row, "ask"), i))(jnp.arange(len(ASKED)))
     ask = jax.vmap(lambda kind, key: asked(stream, kind, jnp.int32(frames - 1), key))
     return stream, ask(jnp.array(ASKED), keys)
 
 
-def _marked(stream: Stream, exam: Asked, logits: Float[Array, "Q vocab"]) -> Answers:
+def marked(stream: Stream, exam: Asked, logits: Float[Array, "Q vocab"]) -> Answers:
     frames = len(stream.frames)
     age = jnp.where(exam.evidence < 0, frames, frames - 1 - exam.evidence)
     return Answers(exam.question[:, 0], exam.question[:, 1], logits.argmax(-1) == exam.answer, exam.valid, age)
@@ -146,20 +146,20 @@ def _marked(stream: Stream, exam: Asked, logits: Float[Array, "Q vocab"]) -> Ans
 @eqx.filter_jit
 def _watched(watcher: Any, world: World, key: Array, rows: Int[Array, " B"], frames: int) -> Answers:
     def one(row: Array) -> Answers:
-        stream, exam = _exam(world, key, row, frames)
+        stream, exam = exam_of(world, key, row, frames)
         step = lambda state, frame: (watcher.step(state, frame)[0], None)
         end, _ = jax.lax.scan(step, watcher.init(key=noise(key, row, "init")), stream.frames)
-        return _marked(stream, exam, jax.vmap(lambda question: watcher.ask(end, question))(exam.question))
+        return marked(stream, exam, jax.vmap(lambda question: watcher.ask(end, question))(exam.question))
 
     return jax.vmap(one)(rows)
 
 
 @eqx.filter_jit
 def _answered(model: VideoQA, world: World, key: Array, row: Int[Array, ""], frames: int) -> Answers:
-    stream, exam = _exam(world, key, row, frames)
+    stream, exam = exam_of(world, key, row, frames)
     Q = len(ASKED)
     _, spoken = model(stream.frames, exam.question, jnp.full(Q, frames - 1), jnp.zeros(Q, bool))
-    return _marked(stream, exam, spoken[:, -1])
+    return marked(stream, exam, spoken[:, -1])
 
 
 def gate() -> dict[str, Any]:
