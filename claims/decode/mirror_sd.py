@@ -15,9 +15,10 @@ from scipy.stats import chi2
 
 from anabranch.claim import Comparison, Size
 from anabranch.decode.base import warp
+from anabranch.decode.drafts import Skip
 from anabranch.decode.heads import FeatureDraft, Frequent, Heads, smollm2_heads
 from anabranch.decode.mirror_sd import MirrorDecoder, Overlapped, Times, mirror_plan
-from anabranch.decode.speculation import Skip, Speculative
+from anabranch.decode.speculation import Speculative
 from anabranch.decode.texts import prompts, thoughts, written
 from anabranch.models.llama import Config, Decoder, Llama
 from anabranch.models.tokens import Tokens

@@ -18,8 +18,8 @@ from anabranch import noise
 from anabranch.claim import Comparison, Size
 from anabranch.data import root
 from anabranch.decode.base import warp
+from anabranch.decode.drafts import NGram, Skip, Surer
 from anabranch.decode.heads import FeatureDraft, smollm2_heads
-from anabranch.decode.speculation import NGram, Skip, Surer
 from anabranch.decode.tetris import TetrisDecoder, select
 from anabranch.decode.texts import prompts, thoughts, written
 from anabranch.fit import fit

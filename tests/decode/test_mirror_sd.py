@@ -7,9 +7,9 @@ from scipy.stats import chi2
 
 from anabranch import contract
 from anabranch.decode.base import warp
+from anabranch.decode.drafts import NGram, Skip
 from anabranch.decode.heads import FeatureDraft, Heads
 from anabranch.decode.mirror_sd import MirrorDecoder, Overlapped, Times, example, mirror_plan
-from anabranch.decode.speculation import NGram, Skip
 from anabranch.models.llama import Config, Decoder, Llama
 from anabranch.plan import simulate
 

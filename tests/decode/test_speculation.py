@@ -12,17 +12,8 @@ from scipy.stats import chi2
 from anabranch import contract
 from anabranch.cell import noise
 from anabranch.decode.base import warp
-from anabranch.decode.speculation import (
-    Draft,
-    Drafted,
-    NGram,
-    Skip,
-    Speculative,
-    Surer,
-    verify,
-    verify_greedy,
-    verify_multi,
-)
+from anabranch.decode.drafts import Draft, Drafted, NGram, Skip, Surer
+from anabranch.decode.speculation import Speculative, verify, verify_greedy, verify_multi
 from anabranch.models.llama import Config, Decoder, Llama
 
 V, W, RUNS = 8, 3, 200_000

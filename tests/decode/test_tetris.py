@@ -9,7 +9,7 @@ from scipy.stats import chi2
 
 from anabranch import contract
 from anabranch.decode.base import warp
-from anabranch.decode.speculation import Drafted, NGram, Skip
+from anabranch.decode.drafts import Drafted, NGram, Skip
 from anabranch.decode.tetris import TetrisDecoder, example, select
 from anabranch.models.llama import Config, Decoder, Llama
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from anabranch import train
 from anabranch.cell import noise
-from anabranch.decode.speculation import Drafted, Network, Rule
+from anabranch.decode.drafts import Drafted, Network, Rule
 from anabranch.layers.kv import KV
 from anabranch.layers.linear import Int8Linear, Linear, quantise
 from anabranch.models.llama import Block, Config, Decoder, Layer, int8, rms_norm

@@ -33,8 +33,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from anabranch.branch import branch
 from anabranch.cell import Cell, noise
+from anabranch.decode.drafts import Draft, Drafted, NGram, Rule
 from anabranch.decode.heads import Exit, Frequent, Heads
-from anabranch.decode.speculation import Draft, Drafted, Emitted, NGram, Rule, read_prompt, rule_of, settle, within
+from anabranch.decode.speculation import Emitted, read_prompt, rule_of, settle, within
 from anabranch.models.llama import Config, Decoder, Llama, Session
 from anabranch.plan import Op, Plan, PlanBuilder
 

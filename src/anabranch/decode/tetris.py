@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from anabranch.cell import Cell, noise
-from anabranch.decode.speculation import Draft, Drafted, Emitted, NGram, Rule, read_prompt, rule_of, settle
+from anabranch.decode.drafts import Draft, Drafted, NGram, Rule
+from anabranch.decode.speculation import Emitted, read_prompt, rule_of, settle
 from anabranch.layers.kv import Rows
 from anabranch.models.llama import Config, Decoder, Llama
 
