@@ -11,9 +11,10 @@ The stream and its state are those of the `Decoder` that is given: tokens i32[] 
     (11,)
 
 A matrix w is near s8 · fp8(s4 · (q - z)): s8 is one power of two; s4 and z belong to each output and group of inputs.
-As in GPTQ (arXiv 2210.17323), inputs are rounded one after the other, and those still to come make up for what was lost,
-as far as real text lets them. What was lost is reckoned *after* the rounding to FP8. Inputs that matter most go first,
-but none leaves its group ("gar", group-aware reordering), so that the order can be undone and a step gathers nothing.
+As in GPTQ (arXiv 2210.17323), inputs are rounded one after the other, and those still to come make up for what is
+lost, as far as real text lets them. What is lost is reckoned *after* the rounding to FP8. Inputs that matter most go
+first, but none leaves its group ("gar", group-aware reordering), so that the order can be undone and a step gathers
+nothing.
 
 The authors' code (neural-compressor) is followed where it says more than the paper: s4 and z come from the matrix as it
 was, rounded to FP8, not from what the rounding of earlier groups made of it; and without FP8 from the matrix as it then
@@ -281,7 +282,7 @@ class DPQ:
         return eqx.tree_at(named, layer, new)
 
     def quantise(self, cell: Decoder, tokens: Int[Array, "B T"]) -> "Quantised":
-        """A model with the matrices of all layers in 4 bits; each is calibrated on what those before it, quantised, give.
+        """A model with the matrices of all layers in 4 bits; each is calibrated on what those before it now give.
 
         Arguments:
             tokens: B texts to calibrate on; best some thousand tokens of what will be read.
