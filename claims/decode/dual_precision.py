@@ -1,9 +1,9 @@
 """Perplexity with weights in 4 bits and arithmetic in FP8: rounding that knows of FP8 against rounding that does not.
 
-Models of characters that are trained here, with groups of 32, all layers in 4 bits, each calibrated on what those before
-it give. SmolLM2-135M with groups of 64: layers 10 to 19 in 4 bits, calibrated once on the model in f32, on one draw of
-text (`--full`: all layers, one after the other, three draws). Its weights were in 4 bits with groups of 32 when they
-came, which flatters any grid of 4 bits; so both must hold.
+Models of characters that are trained here, with groups of 32, all layers in 4 bits, each calibrated on what those
+before it give. SmolLM2-135M with groups of 64: layers 10 to 19 in 4 bits, calibrated once on the model in f32, on one
+draw of text (`--full`: all layers, one after the other, three draws). Its weights were in 4 bits with groups of 32 when
+they came, which flatters any grid of 4 bits; so both must hold.
 
 All arms that compensate calibrate on the same text. GPTQ alone, and rounded to FP8 afterwards, go in the order of DPQ.
 Speed in FP8 cannot be shown on a CPU: bytes are counted.

@@ -186,7 +186,7 @@ def test_with_the_identity_each_weight_is_rounded_to_the_nearest():
 @pytest.fixture(scope="module")
 def model():
     config = Config(vocab=11, width=16, layers=2, heads=2, kv_heads=1, hidden=32, rope_base=100.0, bias=True)
-    cell = Decoder(jax.tree.map(lambda x: 8 * x, Llama(config, key=jax.random.PRNGKey(3))), 12)
+    cell = Decoder(jax.tree.map(lambda x: 3 * x, Llama(config, key=jax.random.PRNGKey(3))), 12)
     return cell, jax.random.randint(jax.random.PRNGKey(4), (16, 12), 0, 11)
 
 
@@ -195,7 +195,7 @@ def test_what_comes_into_the_matrices_of_a_layer(model):
     h = cell.embedding[tokens]
     after, stats = observe(cell.layers[0], h)
     wanted = jax.vmap(lambda h: cell.run_layers(h, cell.init().memory, jnp.arange(12), 0, 1)[0])(h)
-    np.testing.assert_allclose(after, wanted, atol=1e-5)
+    np.testing.assert_allclose(after, wanted, rtol=1e-4, atol=1e-5)
     x = np.asarray(h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5) * cell.layers[0].attention_norm)
     x = x.reshape(-1, 16)
     np.testing.assert_allclose(stats["qkv"].H, 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
