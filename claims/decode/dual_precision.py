@@ -155,8 +155,8 @@ def trained(seed: int, steps: int) -> Decoder:
 
 def of_characters(size: Size) -> list[Comparison]:
     text, nats, notes = characters(), {}, []
-    for seed in size.seeds(6):
-        cell = trained(FIRST_SEED + seed, 10 if size.smoke else 600)
+    for seed in size.seeds(4):
+        cell = trained(FIRST_SEED + seed, 10 if size.smoke else 400)
         draw = np.random.default_rng(FIRST_SEED + seed)
         cut = lambda low, high, n: jnp.asarray(np.stack([text[s : s + 64] for s in draw.integers(low, high - 64, n)]))
         calibration, held_out = cut(0, 1_000_000, 16 if size.smoke else 128), cut(1_000_000, len(text), 256)
