@@ -189,7 +189,7 @@ def texts(tokens: Tokens, n: int, seed: int, *, held_out: bool) -> np.ndarray:
 def of_smollm2(size: Size) -> list[Comparison]:
     cell, tokens = Decoder(smollm2(), LENGTH), Tokens.of(smollm2_file())
     held_out = texts(tokens, HELD_OUT, FIRST_SEED, held_out=True)
-    nats, note = {"f32": [losses(cell, jnp.asarray(held_out))]}, ""
+    nats, note, layer = {"f32": [losses(cell, jnp.asarray(held_out))]}, "", cell.layers[15]
     for seed in range(3 if size.full else 1):
         calibration = jnp.asarray(texts(tokens, CALIBRATION, FIRST_SEED + seed, held_out=False))
         if size.full:
