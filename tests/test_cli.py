@@ -48,8 +48,8 @@ def test_check():
 
 # Their smoke runs still take tens of seconds, most of it compiling; run them by hand.
 LONG = {
-    "class_incremental_moe", "division", "fair_submodular", "flash_vstream", "infinipot_v", "kvshare", "mirror_sd",
-    "streamingvlm", "tetris", "timechat_online",
+    "class_incremental_moe", "division", "dual_precision", "fair_submodular", "flash_vstream", "infinipot_v", "kvshare",
+    "mirror_sd", "streamingvlm", "tetris", "timechat_online",
 }  # fmt: skip
 
 
