@@ -15,15 +15,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from anabranch import noise
 from anabranch.claim import Comparison, Size
 from anabranch.decode.dual_precision import DPQ, FP8, MATRICES, Quantised, Stats, W4A8Linear, observe
-from anabranch.decode.texts import passages
-from anabranch.fit import fit
-from anabranch.keep.text import shakespeare
-from anabranch.models.llama import Config, Decoder, Llama
+from anabranch.decode.texts import CHARACTERS, character_model, characters, passages
+from anabranch.models.llama import Decoder
 from anabranch.models.tokens import Tokens
 from anabranch.models.weights import smollm2, smollm2_file
 
@@ -133,33 +129,13 @@ def compared(name: str, nats: dict[str, np.ndarray], note: str) -> list[Comparis
 # A model of characters
 
 
-def characters() -> np.ndarray:
-    return np.frombuffer(shakespeare().encode(), np.uint8).astype(np.int32) % 128
-
-
-def trained(seed: int, steps: int) -> Decoder:
-    text = jnp.asarray(characters()[:1_000_000])
-    net = Llama(Config(128, 64, 4, 4, 2, 160, rope_base=1000.0), key=jax.random.PRNGKey(seed))
-
-    def batch(key, i):
-        start = jax.random.randint(noise(key, i), (16,), 0, len(text) - 65)
-        return jax.vmap(lambda s: jax.lax.dynamic_slice(text, (s,), (65,)))(start)
-
-    def loss(net, batch, key):
-        logp = jax.nn.log_softmax(jax.vmap(net)(batch[:, :-1]))
-        return -jnp.take_along_axis(logp, batch[:, 1:, None], -1).mean()
-
-    net, _ = fit(loss, net, batch, optax.adam(3e-3), steps, key=jax.random.PRNGKey(seed))
-    return Decoder(net, 64)
-
-
 def of_characters(size: Size) -> list[Comparison]:
     text, nats, notes = characters(), {}, []
     for seed in size.seeds(4):
-        cell = trained(FIRST_SEED + seed, 10 if size.smoke else 400)
+        cell = character_model(FIRST_SEED + seed, 10 if size.smoke else 400, 64)
         draw = np.random.default_rng(FIRST_SEED + seed)
         cut = lambda low, high, n: jnp.asarray(np.stack([text[s : s + 64] for s in draw.integers(low, high - 64, n)]))
-        calibration, held_out = cut(0, 1_000_000, 16 if size.smoke else 128), cut(1_000_000, len(text), 256)
+        calibration, held_out = cut(0, CHARACTERS, 16 if size.smoke else 128), cut(CHARACTERS, len(text), 256)
         cells = {name: in_turn(cell, calibration, arm) for name, arm in arms(32).items()}
         for name, one in ({"f32": cell} | cells).items():
             nats.setdefault(name, []).append(losses(one, held_out).mean())

@@ -11,9 +11,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import chi2
 
-from anabranch.claim import Comparison, Size
+from anabranch.claim import Comparison, Size, chi_square
 from anabranch.decode.base import warp
 from anabranch.decode.drafts import Skip
 from anabranch.decode.heads import FeatureDraft, Frequent, Heads, smollm2_heads
@@ -289,10 +288,7 @@ def warm(size: Size) -> list[Comparison]:
         advance = eqx.filter_jit(lambda target, x: target.advance(target.init(), x)[1][-1])
         p = lambda *text: np.exp(np.asarray(warp(advance(target, jnp.array(text)), 0.8), float))
         three = np.stack([[p(1, 2)[i] * p(1, 2, i)[j] * p(1, 2, i, j) for j in range(7)] for i in range(7)])
-        counts, expected = np.bincount(codes, minlength=343), three.ravel() * runs
-        few = expected < 5
-        counts, expected = (np.append(x[~few], x[few].sum()) for x in (counts, expected))
-        found.append(chi2.sf(((counts - expected) ** 2 / np.maximum(expected, 1e-9)).sum(), len(counts) - 1))
+        found.append(chi_square(np.bincount(codes, minlength=343), three))
         shares.append(float(hits.mean() / 3))
     note = f"rounds that hit: {np.mean(shares):.2f}"
     return [Comparison("smallest p of chi-square, T = 0.8, tiny model", [min(found)], [0.0], 1e-3, note=note)]

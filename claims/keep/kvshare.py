@@ -32,10 +32,9 @@ from anabranch.keep.kvshare import (
     Shelf,
     by_attention,
     by_deviation,
-    filled,
     selective_prefill,
 )
-from anabranch.models.llama import Decoder, Session
+from anabranch.models.llama import Decoder, Session, filled
 from anabranch.models.tokens import Tokens
 from anabranch.models.weights import smollm2, smollm2_file
 from anabranch.schedule.baselines import FCFS, prompts
@@ -217,7 +216,7 @@ def seconds(arms: Arms, prompt: Prompt, times: int) -> Comparison:
     def ours() -> None:
         memory, edit = shelf.found(arms.model, prompt.tokens)
         again = int(np.ceil(arms.ratio * edit.doubtful.sum()))
-        rows = filled(int((~edit.reused).sum()) + again, T)
+        rows = min(filled(int((~edit.reused).sum()) + again), T)
         reused = jnp.asarray(edit.reused)
         run = selective_prefill(arms.model, memory, tokens, jnp.int32(T), reused, jnp.int32(again), rows)
         run[1].block_until_ready()

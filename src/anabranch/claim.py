@@ -28,10 +28,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import stdtrit
+from scipy.special import chdtrc, stdtrit
 
 from anabranch import catalog
 
@@ -55,6 +56,26 @@ class Size:
     def seeds(self, n: int) -> range:
         """The seeds of the experiment: n of them, at most two in a smoke run."""
         return range(min(n, 2) if self.smoke else n)
+
+
+def chi_square(counts: Any, chances: Any) -> float:
+    """The p of a chi-square test that counts are drawn with these chances; cells that expect fewer than 5 are one.
+
+        >>> chi_square([[55, 45]], [[0.5, 0.5]]) > 0.3, chi_square([90, 10], [0.5, 0.5]) < 1e-6
+        (True, True)
+
+    Raises:
+        ValueError: if there are not as many chances as counts.
+    """
+    found, expected = np.ravel(counts).astype(float), np.ravel(chances).astype(float) * np.sum(counts)
+    if len(found) != len(expected):
+        raise ValueError(f"there must be a chance for each count, got {len(expected)} for {len(found)}")
+    few = expected < 5
+    found, expected = (np.append(x[~few], x[few].sum()) for x in (found, expected))
+    there = expected > 0
+    if found[~there].any():
+        return 0.0
+    return float(chdtrc(there.sum() - 1, ((found - expected)[there] ** 2 / expected[there]).sum()))
 
 
 @dataclass

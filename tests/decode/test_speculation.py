@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import chi2
 
 from anabranch import contract
 from anabranch.cell import noise
+from anabranch.claim import chi_square
 from anabranch.decode.base import warp
 from anabranch.decode.drafts import Draft, Drafted, NGram, Skip, Surer
 from anabranch.decode.speculation import Speculative, verify, verify_greedy, verify_multi
@@ -21,17 +21,6 @@ KEY = jax.random.PRNGKey(0)
 table = lambda use: 1.5 * jax.random.normal(noise(KEY, 0, use), (V, V, V))
 P, Q = table("p"), table("q")
 """Logits of the next token by the two before it."""
-
-
-def p_value(found, exact):
-    """Of a chi-square test of counts; cells that expect fewer than five are one."""
-    found, expected = np.asarray(found).ravel(), np.asarray(exact, float).ravel() * np.sum(found)
-    few = expected < 5
-    pool = lambda x: np.append(x[~few], x[few].sum())
-    found, expected = pool(found), pool(expected)
-    there = expected > 0
-    assert not found[~there].any()
-    return chi2.sf(((found - expected)[there] ** 2 / expected[there]).sum(), there.sum() - 1)
 
 
 def joint(p):
@@ -99,24 +88,24 @@ def at_random(key, tokens, logq):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_what_is_said_is_distributed_as_the_model(seed):
-    assert p_value(run(seed, verify)[0], joint(jax.nn.log_softmax)) > 1e-3
+    assert chi_square(run(seed, verify)[0], joint(jax.nn.log_softmax)) > 1e-3
 
 
 @pytest.mark.parametrize("length", [at_random, by_max])
 def test_lengths_that_do_not_look_at_the_token_change_nothing(length):
-    assert p_value(run(2, verify, length=length)[0], joint(jax.nn.log_softmax)) > 1e-3
+    assert chi_square(run(2, verify, length=length)[0], joint(jax.nn.log_softmax)) > 1e-3
 
 
 def test_warped_on_both_sides_it_is_distributed_as_the_warped_model():
     rule = partial(warp, temperature=0.8, top_p=0.8)
-    assert p_value(run(5, verify, rule)[0], joint(rule)) > 1e-3
+    assert chi_square(run(5, verify, rule)[0], joint(rule)) > 1e-3
 
 
 def test_the_test_would_see_a_wrong_residual_and_a_length_that_looks_at_the_token():
     exact = joint(jax.nn.log_softmax)
-    assert p_value(run(1, careless)[0], exact) < 1e-6
-    assert p_value(run(1, verify, length=by_own)[0], exact) < 1e-6
-    assert p_value(run(1, verify, length=by_own, same=True)[0], exact) < 1e-6  # even where the draft is the model
+    assert chi_square(run(1, careless)[0], exact) < 1e-6
+    assert chi_square(run(1, verify, length=by_own)[0], exact) < 1e-6
+    assert chi_square(run(1, verify, length=by_own, same=True)[0], exact) < 1e-6  # even where the draft is the model
 
 
 def test_as_many_are_accepted_as_the_overlap_says():
@@ -145,7 +134,7 @@ def test_a_draft_that_is_the_model_is_always_right_and_one_that_is_elsewhere_nev
 
     said = jax.jit(jax.vmap(one))(jax.random.split(KEY, 20_000))
     assert (said.n == 1).all()
-    assert p_value(np.bincount(said.tokens[:, 0], minlength=V), jnp.exp(logp)) > 1e-3
+    assert chi_square(np.bincount(said.tokens[:, 0], minlength=V), jnp.exp(logp)) > 1e-3
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -160,7 +149,7 @@ def test_several_candidates_for_one_place(drawn):
         return verify_multi(key, tokens, logq if drawn else None, logp)
 
     which, token = jax.jit(jax.vmap(one))(jax.random.split(jax.random.PRNGKey(7), RUNS))
-    assert p_value(np.bincount(token, minlength=V), jnp.exp(logp)) > 1e-3
+    assert chi_square(np.bincount(token, minlength=V), jnp.exp(logp)) > 1e-3
     shares = np.bincount(np.asarray(which) + 1, minlength=4) / RUNS
     if drawn:  # the first is accepted as often as the two overlap
         assert shares[1] == pytest.approx(float(jnp.minimum(jnp.exp(logp), jnp.exp(logq[0])).sum()), abs=0.005)
@@ -257,7 +246,7 @@ def test_warm_a_cell_says_what_the_model_would(target, name):
     codes = jax.jit(jax.vmap(one))(jax.random.split(jax.random.PRNGKey(3), 10_000))
     first = lambda text: jnp.exp(warp(target.advance(target.init(), jnp.array(text))[1][-1], 0.7))
     exact = jnp.stack([first([5, 3])[i] * first([5, 3, i]) for i in range(11)])
-    assert p_value(np.bincount(codes, minlength=121), exact) > 1e-3
+    assert chi_square(np.bincount(codes, minlength=121), exact) > 1e-3
 
 
 def test_ngram_takes_the_longest_match_and_of_these_the_latest():

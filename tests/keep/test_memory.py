@@ -149,3 +149,10 @@ def test_bad_arguments_are_named(llama):
         cell.init().memory[0].extend(x, x, x, jnp.arange(3), lambda x, at: x)
     with pytest.raises(AttributeError, match="is Window, which has no size"):
         _ = cell.size
+
+
+def test_a_memory_that_forgets_takes_no_filled_up_text():
+    sizes = Config(vocab=11, width=8, layers=1, heads=2, kv_heads=1, hidden=8)
+    cell = Decoder(Llama(sizes, key=jax.random.PRNGKey(0)), keep=Sinks(8, room=4))
+    with pytest.raises(TypeError, match="prefill fills a text up, which Sinks would remember: use advance"):
+        cell.prefill(cell.init(), jnp.arange(4), jnp.int32(2))

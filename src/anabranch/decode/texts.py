@@ -1,7 +1,7 @@
 """Prompts from real texts, for what is trained and what is measured, never the same ones; and how a model goes on.
 
 Verse (tinyshakespeare), Python code (the standard library), prose about it (its docstrings), and requests to an
-assistant about such passages, in turn.
+assistant about such passages, in turn. And a small model of characters, quickly trained.
 """
 
 import argparse
@@ -14,14 +14,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from anabranch.cell import noise
 from anabranch.data import root
-from anabranch.models.llama import Decoder
+from anabranch.fit import fit
+from anabranch.models.llama import Config, Decoder, Llama
 from anabranch.models.tokens import Tokens
 
 HELD_OUT = 60_000
 """Characters at the end of the verse that are only for measuring; so is every fourth module of the library."""
+CHARACTERS = 1_000_000
+"""Of the verse, that the model of characters is trained on; it is measured on what follows."""
 REQUESTS = (
     "Explain what this means.",
     "Rewrite this in simple words.",
@@ -118,3 +123,26 @@ def thoughts(target: Decoder, xs: Int[Array, " T"], after: tuple[int, ...]) -> l
         h, memory = target.run_layers(h, memory, positions, low, high)
         out.append(h)
     return out
+
+
+def characters() -> Int[np.ndarray, " T"]:
+    """The verse as numbers below 128."""
+    text = (root() / "text" / "tinyshakespeare.txt").read_bytes()
+    return np.frombuffer(text, np.uint8).astype(np.int32) % 128
+
+
+def character_model(seed: int, steps: int, room: int) -> Decoder:
+    """A model of characters, four layers of 64 numbers, trained for so many steps, with room for so many characters."""
+    text = jnp.asarray(characters()[:CHARACTERS])
+    net = Llama(Config(128, 64, 4, 4, 2, 160, rope_base=1000.0), key=jax.random.PRNGKey(seed))
+
+    def batch(key: PRNGKeyArray, i: Array) -> Array:
+        start = jax.random.randint(noise(key, i), (16,), 0, len(text) - 65)
+        return jax.vmap(lambda s: jax.lax.dynamic_slice(text, (s,), (65,)))(start)
+
+    def loss(net: Llama, batch: Array, key: PRNGKeyArray) -> Float[Array, ""]:
+        logp = jax.nn.log_softmax(jax.vmap(net)(batch[:, :-1]))
+        return -jnp.take_along_axis(logp, batch[:, 1:, None], -1).mean()
+
+    net, _ = fit(loss, net, batch, optax.adam(3e-3), steps, key=jax.random.PRNGKey(seed))
+    return Decoder(net, room)

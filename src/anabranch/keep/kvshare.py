@@ -41,14 +41,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from anabranch.cell import Cell
 from anabranch.keep.blocks import Segment, SegmentIndex
 from anabranch.layers.kv import KV, Rotate
-from anabranch.models.llama import Decoder, Session, rope
+from anabranch.models.llama import Decoder, Session, filled, rope
 from anabranch.schedule.baselines import FCFS, prompts
 from anabranch.schedule.scheduler import PREFILLING, View
 
 CHECK = 1
 """The layer at which is looked who is to be computed further."""
-LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Numbers of tokens are filled up to one of these, so that there is one program for each."""
 Score = Callable[[Float[Array, " S"], Float[Array, " S"]], Float[Array, " S"]]
 
 
@@ -297,20 +295,15 @@ class Shelf:
         memory, edit = self.found(model, tokens, salt)
         again = int(np.ceil(self.ratio * edit.doubtful.sum()))
         computed = int((~edit.reused).sum()) + again
-        length = filled(len(tokens), model.size)
+        length = min(filled(len(tokens)), model.size)
         pad = lambda column: jnp.asarray(np.pad(column, (0, length - len(tokens))))
         state, logits = selective_prefill(
             model, memory, pad(np.asarray(tokens, np.int32)), jnp.int32(len(tokens)), pad(edit.reused),
-            jnp.int32(again), filled(computed, length), score,
+            jnp.int32(again), min(filled(computed), length), score,
         )  # fmt: skip
         if not edit.doubtful.any():
             self.put(tokens, state.session, salt)
         return state, logits, Reuse(len(tokens), int(edit.reused.sum()), computed)
-
-
-def filled(n: int, most: int) -> int:
-    """The length to which n tokens are filled up."""
-    return min(next((length for length in LENGTHS if length >= n), n), most)
 
 
 @eqx.filter_jit

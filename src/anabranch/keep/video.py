@@ -131,6 +131,7 @@ def whole(model: VideoQA, world: World, seed: int, *, streams: int = 200, frames
 
 
 def exam_of(world: World, key: Array, row: Int[Array, ""], frames: int) -> tuple[Stream, Asked]:
+    """The stream of that number, and what is asked at its end."""
     stream = world.stream(noise(key, row, "stream"), frames)
     keys = jax.vmap(lambda i: noise(noise(key, row, "ask"), i))(jnp.arange(len(ASKED)))
     ask = jax.vmap(lambda kind, key: asked(stream, kind, jnp.int32(frames - 1), key))
@@ -138,6 +139,7 @@ def exam_of(world: World, key: Array, row: Int[Array, ""], frames: int) -> tuple
 
 
 def marked(stream: Stream, exam: Asked, logits: Float[Array, "Q vocab"]) -> Answers:
+    """Which answers are right, given as logits."""
     frames = len(stream.frames)
     age = jnp.where(exam.evidence < 0, frames, frames - 1 - exam.evidence)
     return Answers(exam.question[:, 0], exam.question[:, 1], logits.argmax(-1) == exam.answer, exam.valid, age)
@@ -169,12 +171,3 @@ def gate() -> dict[str, Any]:
         FileNotFoundError: there are no trained weights.
     """
     return state.read_meta(train.WEIGHTS / "video_qa.safetensors")["accuracy"]
-
-
-def accuracy(watcher: Cell, world: World, seeds: Sequence[int], **options: int) -> list[dict[str, float]]:
-    """The table of each seed, with `now` and `past` pooled."""
-    out = []
-    for seed in seeds:
-        answers = watch(watcher, world, seed, **options)
-        out.append(answers.table() | {"now": answers.pooled(NOW), "past": answers.pooled(PAST)})
-    return out

@@ -67,6 +67,9 @@ class Room(eqx.Module):
     def empty(self, heads: int, width: int) -> KV:
         return KV.empty(heads, self.size, width)
 
+    def settle(self, memory: tuple[KV, ...]) -> tuple[KV, ...]:
+        return memory
+
 
 class Rows(eqx.Module):
     """The memories of one layer and N streams."""
@@ -133,4 +136,8 @@ class Keeper(Protocol):
 
     def empty(self, heads: int, width: int) -> Any:
         """The memory of one layer, of `heads` keys and values of `width` numbers."""
+        ...
+
+    def settle(self, memory: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The memories of all layers after an extension: for what is decided across layers."""
         ...

@@ -43,6 +43,19 @@ from anabranch.layers.linear import Int8Linear, Linear, quantise
 M = TypeVar("M")
 
 
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Tokens that come at once are filled up to one of these, so that there is one program for each."""
+
+
+def filled(n: int) -> int:
+    """The length to which n tokens are filled up.
+
+    >>> filled(100), filled(9000)
+    (128, 9000)
+    """
+    return next((length for length in LENGTHS if length >= n), n)
+
+
 @dataclass(frozen=True)
 class Config:
     """The sizes of a model; those of SmolLM2-135M unless said.
@@ -317,13 +330,18 @@ class Decoder(Cell):
             return state, jnp.concatenate([logits, rest])
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
-        settle = getattr(self.keep, "settle", lambda memory: memory)  # what is decided across layers
-        return Session(settle(memory), state.length + len(xs)), self.logits(h)
+        return Session(self.keep.settle(memory), state.length + len(xs)), self.logits(h)
 
     def prefill(
         self, state: Session, xs: Int[Array, " T"], n: Int[Array, ""]
     ) -> tuple[Session, Float[Array, " vocab"]]:
-        """Take the first n of T tokens, and give the logits after the last of them only."""
+        """Take the first n of T tokens, and give the logits after the last of them only.
+
+        Raises:
+            TypeError: if its memory forgets, which would keep the others too.
+        """
+        if not isinstance(self.keep, Room):
+            raise TypeError(f"prefill fills a text up, which {type(self.keep).__name__} would remember: use advance")
         positions = state.length + jnp.arange(len(xs))
         h, memory = self.run_layers(self.embedding[xs], state.memory, positions)
         return Session(memory, state.length + n), self.logits(lax.dynamic_slice_in_dim(h, n - 1, 1))[0]

@@ -40,14 +40,12 @@ from jaxtyping import Int8, Int64
 from anabranch.decode.base import Draw, sample
 from anabranch.keep.blocks import block_keys
 from anabranch.layers.kv import Rows
-from anabranch.models.llama import Decoder, Layer
+from anabranch.models.llama import LENGTHS, Decoder, Layer, filled
 from anabranch.schedule.cluster import Work
 from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Scheduler
 from anabranch.schedule.seats import Asked, Seats
 from anabranch.sessions import Ask, Full
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Prompts are filled up to one of these, so that there is one program for each."""
 Emit = Callable[[int | None], None]
 Found = Callable[[int], None]
 
@@ -213,8 +211,7 @@ class Live:
         """
         memory, most = self.memory, min(self.model.size, self.engine.max_tokens)
         most = min(most, getattr(self.scheduler, "chunk", most))
-        lengths = [length for length in LENGTHS if length < most]
-        lengths += [next((length for length in LENGTHS if length >= most), most)]
+        lengths = [*(length for length in LENGTHS if length < most), filled(most)]
         for length in lengths:
             told(f"prompts of {length} tokens")
             h, first = _layer(self.model.layers[0], memory[0], jnp.zeros((length, self.model.config.width)), 0, 0)
@@ -391,8 +388,7 @@ class Live:
         a, b = round(low * config.layers), round(high * config.layers)
         if a == 0:
             text = (session.ask.prompt + session.tokens)[start : start + count]
-            length = next((length for length in LENGTHS if length >= count), count)
-            session.h = self.model.embedding[np.pad(text, (0, length - count))]
+            session.h = self.model.embedding[np.pad(text, (0, filled(count) - count))]
         memory = list(self.memory)
         for i in range(a, b):
             session.h, memory[i] = _layer(self.model.layers[i], memory[i], session.h, slot, start)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.models.llama import Decoder
+from anabranch.models.llama import LENGTHS, Decoder
 from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import Fitted, LMSpec, Work
-from anabranch.schedule.live import LENGTHS, Live, Record, Session
+from anabranch.schedule.live import Live, Record, Session
 from anabranch.schedule.scheduler import DECODING, Scheduler
 from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
