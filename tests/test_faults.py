@@ -276,12 +276,17 @@ def test_idle_streams_end_while_others_are_busy(tmp_path):
     assert server.stop() == 0
 
 
+def jump_by(folder, seconds):
+    (folder / "next").write_text(str(seconds))
+    (folder / "next").rename(folder / "jump")  # the server reads it all the time, and never half of it
+
+
 def test_a_clock_that_jumps_ends_no_stream_and_stops_no_checkpoint(tmp_path):
-    (tmp_path / "jump").write_text("0")
+    jump_by(tmp_path, 0)
     server, n = serve(tmp_path, cell="idle = 600", before=JUMPING + "from served_cell import Recurrent"), 0
     checkpoints = tmp_path / "out/recurrent/live/checkpoints"
     for jump in (0, 36_000, -36_000):
-        (tmp_path / "jump").write_text(str(jump))
+        jump_by(tmp_path, jump)
         time.sleep(1.2)  # when nothing comes, the streams that have been idle are looked for once a second
         there = len(list(checkpoints.iterdir()))
 
@@ -304,7 +309,7 @@ def test_a_row_without_a_time_is_not_late_when_the_clock_is_set_back(tmp_path):
     (tmp_path / "cards_model.py").write_text(JUMPING + (tmp_path / "cards_model.py").read_text())
     server = Process(tmp_path, file.read_text(), name=file.name)
     for jump in (0, 7200, 0, -7200):
-        (tmp_path / "jump").write_text(str(jump))
+        jump_by(tmp_path, jump)
         answer = httpx.post(server.url + "/v1/events", json=row).json()
         assert "error" not in answer
         np.testing.assert_array_less(0, answer["prediction"])
