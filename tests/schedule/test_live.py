@@ -243,7 +243,7 @@ def test_it_serves_in_a_thread(model, requests):
 
 
 def test_nothing_is_compiled_once_it_is_warm(model, requests):
-    from anabranch.schedule import live as module
+    from anabranch.schedule import places as module
 
     _, prompts, answers = requests
     live, said, compiled = Live(model, Chunked(chunk=16), sessions=3, prefixes=True), [], []
