@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anabranch.decode.base import Draw
 from anabranch.keep.d2o import D2O
 from anabranch.keep.memory import H2O, Sinks, Window
 from anabranch.models.llama import Config, Decoder, Llama
@@ -224,6 +225,15 @@ def test_sessions_that_forget_have_no_end_and_answer_as_they_would_alone(endless
     assert again.preemptions == served.preemptions and (served.preemptions > 3 or name == "chunked")
 
 
+def test_who_has_no_token_is_left_alone(endless):
+    of, *_ = endless
+    places = Forgetful(of("sinks")[0], 4)
+    before, draw = [places.get(slot) for slot in range(4)], Draw(*np.zeros((2, 2), np.float32), *np.zeros((2, 2), int))
+    places.step(np.ones(2, int), np.zeros(2, int), np.array([1, 1 << 30]), draw, "likeliest")
+    same = [eqx.tree_equal(places.get(slot), before[slot]) for slot in range(4)]
+    assert same == [True, False, True, True]
+
+
 class Uneven(Window):
     """Once the last layer holds more than four tokens, the first one keeps two."""
 
@@ -236,14 +246,14 @@ class Uneven(Window):
 def test_layers_are_filled_in_parts_or_settled_together(tiny):
     one = Decoder(tiny, keep=MEMORIES["sinks"])
     two = eqx.tree_at(lambda model: model.layers, one, one.layers * 2)
-    text, places = list(range(21)), []
+    text, places = list(range(30)), []
     for parts in ([range(2)], [range(1), range(1, 2)]):
         places.append(Forgetful(two, 4))
-        for done, count in ((0, 13), (13, 8)):  # eight tokens, and then another eight and five ones
+        for done, count, sizes in ((0, 13, [8]), (13, 8, [8, 1, 1, 1, 1, 1]), (21, 9, [1] * 9)):  # 21, and 9 said
             h = None
             for layers in parts:
                 h = places[-1].fill(1, text, 21, done, count, layers, h)
-            assert [len(piece) for piece in h] == ([8] if done == 0 else [8, 1, 1, 1, 1, 1])
+            assert [len(piece) for piece in h] == sizes
     whole, parts = (jax.tree.leaves(x.memory) for x in places)
     assert all((x == y).all() for x, y in zip(whole, parts, strict=True))
     keep = Uneven(6, room=2)
