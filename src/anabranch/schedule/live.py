@@ -135,6 +135,9 @@ class Live:
         most: int = 8192, stop: frozenset[int] | set[int] = frozenset(), waiting: int = 1024, record: bool = False,
         prefixes: bool = False,
     ):  # fmt: skip
+        for name, value in (("sessions", sessions), ("block", block)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         kind, n = Places if isinstance(model.keep, Room) else Forgetful, 2 * sessions
         self.places = places = kind(model, n)
         held = -(-places.most // block) * block
