@@ -271,6 +271,7 @@ def test_what_a_memory_that_forgets_cannot_do_is_refused(tiny):
             {"prefixes": True},
             "prefixes: what prompts share is kept whole, and Sinks forgets parts",
         ),
+        (MEMORIES["sinks"], FCFS(), {"sessions": 0}, "sessions must be at least 1, got 0"),
         (MEMORIES["sinks"], FCFS(), {"kv_tokens": 31}, "kv_tokens must hold the 32 that a session .* got 31"),
         (D2O(24), LayeredPrefill(layers=2), {}, "LayeredPrefill sends .* D2O decides across them"),
     ):
