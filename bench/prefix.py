@@ -36,13 +36,14 @@ QUESTIONS = (
 
 
 class Served(NamedTuple):
+    live: Live
     server: Any
     thread: threading.Thread
     client: openai.OpenAI
 
     @classmethod
-    def of(cls, model: Decoder, text: Tokens, prefixes: bool) -> "Served":
-        live = Live(model, Chunked(chunk=256), sessions=4, stop=text.stop, prefixes=prefixes)
+    def of(cls, model: Decoder, text: Tokens, **options: Any) -> "Served":
+        live = Live(model, Chunked(chunk=256), sessions=4, stop=text.stop, **options)
         live.warm()
         app = LanguageServer("smollm2", live, text, ServeConfig()).app
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
@@ -51,7 +52,7 @@ class Served(NamedTuple):
         while not server.started:
             time.sleep(0.01)
         where = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-        return cls(server, thread, openai.OpenAI(base_url=where, api_key="none", max_retries=0))
+        return cls(live, server, thread, openai.OpenAI(base_url=where, api_key="none", max_retries=0))
 
     def end(self) -> None:
         self.server.should_exit = True
@@ -89,7 +90,7 @@ def main() -> None:
     system = "You help travellers. "
     while len(text.encode(system)) < 490:
         system += RULES[len(system) % len(RULES)]
-    served = {name: Served.of(model, text, name == "shared") for name in ("shared", "alone")}
+    served = {name: Served.of(model, text, prefixes=name == "shared") for name in ("shared", "alone")}
     said: dict[str, list[Answer]] = {name: [] for name in served}
 
     def one(name: str) -> float:

@@ -124,15 +124,14 @@ def _serve_model(config: Any, folder: Path) -> None:
     from anabranch.schedule.live import Live
 
     said = config.model
-    if said.memory is not None:
-        raise ConfigError("model.memory: sessions of a server have a size; `anabranch chat` has memories that forget")
+    keep = None if said.memory is None else _memory(said.memory, folder)
     scheduler = resolve(said.scheduler, folder, "model.scheduler")
     try:
         scheduler = scheduler(**said.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.options: {error}") from None
     file = weights.find(said.weights, folder)
-    text, model = Tokens.of(file), Decoder(weights.load(file), said.size)
+    text, model = Tokens.of(file), Decoder(weights.load(file), said.size, keep=keep)
     live = Live(
         int8(model) if said.int8 else model, scheduler, sessions=said.sessions, stop=text.stop,
         waiting=config.serve.queue, prefixes=said.prefixes != "none",
@@ -143,6 +142,18 @@ def _serve_model(config: Any, folder: Path) -> None:
         task = progress.add_task("")
         live.warm(lambda step: progress.update(task, description=f"compiling {step}"))
     server.run(app, config.serve)
+
+
+def _memory(said: Any, folder: Path, policy: str | None = None, budget: int | None = None) -> Any:
+    """The policy that a file asks for, unless the command line asks for another."""
+    from anabranch.run.config import ConfigError, MemoryConfig, resolve
+
+    make = resolve(policy or said.policy, folder, "memory" if policy else "model.memory.policy")
+    options = {"budget": MemoryConfig().options["budget"]} if policy else said.options
+    try:
+        return make(**options | ({} if budget is None else {"budget": budget}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.memory.options: {error}") from None
 
 
 @app.command()
@@ -160,7 +171,7 @@ def chat(
     from anabranch.models.llama import Decoder, int8
     from anabranch.models.tokens import Tokens
     from anabranch.run.chat import Chat
-    from anabranch.run.config import ConfigError, MemoryConfig, ModelConfig, ServedModelFile, read_served, resolve
+    from anabranch.run.config import ConfigError, MemoryConfig, ModelConfig, ServedModelFile, read_served
 
     try:
         config, folder = ModelConfig.model_validate({"name": "smollm2", "weights": "smollm2"}), Path()
@@ -169,13 +180,7 @@ def chat(
             if not isinstance(found, ServedModelFile):
                 raise ConfigError(f"{pipeline}: model: a language model is needed to talk with")
             config = found.model
-        said = config.memory or MemoryConfig()
-        policy = resolve(memory or said.policy, folder, "memory" if memory else "model.memory.policy")
-        options = {"budget": MemoryConfig().options["budget"]} if memory else said.options
-        try:
-            keep = policy(**options | ({} if budget is None else {"budget": budget}))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.memory.options: {error}") from None
+        keep = _memory(config.memory or MemoryConfig(), folder, memory, budget)
         file = weights.find(config.weights, folder)
         model = Decoder(weights.load(file), keep=keep)
         talk = Chat(int8(model) if config.int8 else model, Tokens.of(file), temperature=temperature, limit=limit)

@@ -24,6 +24,10 @@ class Ask(NamedTuple):
     """Only sessions with the same one share what is computed of prompts that begin alike."""
 
 
+LIMIT = 512
+"""Tokens of an answer where a session has no end and nobody says how many."""
+
+
 class Full(Exception):
     """There is no room for more; come again after `after` seconds."""
 
@@ -38,8 +42,10 @@ class Engine(Protocol):
     Where prompts share what is computed of them, `found` is called before with how many tokens were there.
     """
 
-    room: int
-    """Tokens that a prompt and its answer may have together."""
+    @property
+    def room(self) -> int | None:
+        """Tokens that a prompt and its answer may have together; None where there is no end."""
+        ...
 
     def submit(self, ask: Ask, emit: Callable[[int | None], None], found: Callable[[int], None]) -> int:
         """Begin a session.

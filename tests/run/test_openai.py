@@ -1,13 +1,17 @@
 """The API of OpenAI, asked by its own client, in front of the real SmolLM2."""
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from anabranch.run.config import ServeConfig
+
+from .test_chat import Bytes, tiny
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -16,10 +20,25 @@ SURROGATE = rb'{"model": "smollm2", "prompt": "\ud800"}'
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+@contextlib.contextmanager
+def serving(*args, **options):
+    """Where a language server of these is."""
+    from anabranch.run.openai import LanguageServer
+
+    app = LanguageServer(*args, **options).app
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
 @pytest.fixture(scope="module")
 def served(smollm2, tmp_path_factory):
     """Where a server is that knows one token, and its engine."""
-    from anabranch.run.openai import LanguageServer
     from anabranch.schedule.baselines import Chunked
     from anabranch.schedule.live import Live
 
@@ -28,15 +47,8 @@ def served(smollm2, tmp_path_factory):
     digest = lambda token: hashlib.sha256(token).hexdigest()
     tokens.write_text(f"ann {digest(b'secret')}\nbob {digest(b'watch')} operator\n")
     live = Live(model, Chunked(chunk=64), sessions=2, stop=text.stop, waiting=3, prefixes=True)
-    app = LanguageServer("smollm2", live, text, ServeConfig(tokens=tokens)).app
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", live
-    server.should_exit = True
-    thread.join(30)
+    with serving("smollm2", live, text, ServeConfig(tokens=tokens)) as where:
+        yield where, live
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +173,44 @@ def test_too_many_are_told_to_come_again(served):
         for answer in open_ones:
             answer.close()
     assert emptied(live)
+
+
+def test_sessions_without_end_answer_as_chats_of_their_own(monkeypatch):
+    """Three at once, with prompts five times as long as what is kept and longer than the model's texts were."""
+    import numpy as np
+
+    from anabranch.keep.memory import Sinks
+    from anabranch.models.llama import Decoder
+    from anabranch.run.chat import Chat
+    from anabranch.schedule.baselines import Chunked
+    from anabranch.schedule.live import Live
+
+    model, words = Decoder(tiny(context=100), keep=Sinks(24, 2, room=8)), Bytes()
+    live = Live(model, Chunked(chunk=16), sessions=2, stop=words.stop)
+
+    def alone(prompt, limit):
+        chat, said = Chat(model, words), []
+        logits = chat._take(prompt)
+        while len(said) < limit and not (said and said[-1] in words.stop):
+            said.append(int(np.argmax(logits)))
+            logits = chat._take(said[-1:])
+        return b"".join(map(words.bytes, said)).decode(errors="replace"), len(said)
+
+    prompts = [f"{name} went down to the river. " * 5 for name in ("Ann", "Bob", "A heron")]
+    with serving("tiny", live, words, ServeConfig()) as where:
+        client = openai.OpenAI(base_url=where + "/v1", api_key="none", max_retries=0)
+        ask = lambda text: client.completions.create(model="tiny", prompt=text, max_tokens=40, temperature=0)
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(ask, prompts))
+        monkeypatch.setattr("anabranch.run.openai.LIMIT", 9)
+        said = [{"role": "user", "content": prompts[0]}]
+        endless = client.chat.completions.create(model="tiny", messages=said, temperature=0)
+    for text, answer in zip(prompts, answers, strict=True):
+        assert (answer.choices[0].text, answer.usage.completion_tokens) == alone(words.plain(text), 40)
+        assert answer.usage.prompt_tokens == len(text.encode()) > 120
+    asked = words.chat(said)
+    assert (endless.choices[0].message.content, endless.usage.completion_tokens) == alone(asked, 9)
+    assert endless.usage.prompt_tokens == len(asked)
 
 
 def test_who_waits_is_told_when_the_engine_ends(smollm2):

@@ -1,6 +1,7 @@
 """Real sessions under the schedulers of the simulator."""
 
 import threading
+from functools import cache
 
 import equinox as eqx
 import jax
@@ -8,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anabranch.decode.base import Draw
+from anabranch.keep.d2o import D2O
+from anabranch.keep.memory import H2O, Sinks, Window
 from anabranch.models.llama import Config, Decoder, Llama
+from anabranch.run.chat import Chat
 from anabranch.schedule.andes import Andes
 from anabranch.schedule.baselines import FCFS, Chunked, Orca
 from anabranch.schedule.cluster import Fitted, Work
 from anabranch.schedule.layered_prefill import LayeredPrefill
 from anabranch.schedule.live import Live, Session
+from anabranch.schedule.places import Forgetful
 from anabranch.schedule.replay import play, replay, result, workload
 from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, Batch
 from anabranch.schedule.semi_pd import FixedShares, TimeSlices
@@ -170,6 +176,109 @@ def test_what_is_shared_is_given_up_when_others_need_the_room(model, alike):
     assert found[:2] == [0, 0] and 0 < found[2] < 28
 
 
+MEMORIES = {"sinks": Sinks(24, 2, room=8), "attention": H2O(24, last=6, room=8)}
+TINY = Config(vocab=258, width=16, layers=1, heads=2, kv_heads=1, hidden=16)  # as in test_chat: compiled once for both
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jax.tree.map(lambda x: 4 * x, Llama(TINY, key=jax.random.PRNGKey(0)))
+
+
+@pytest.fixture(scope="module")
+def endless(tiny):
+    """Prompts much longer than what is kept, and for each memory a model, and what it says to them in chats of one."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 258, n).tolist() for n in (3, 125, 47, 9, 22, 8)]
+    limits = [12, 50, 9, 40, 25, 8]
+    load = Workload(np.linspace(0, 0.02, 6), np.array([len(p) for p in prompts]), np.array(limits))
+
+    @cache
+    def of(memory):
+        model, answers = Decoder(tiny, keep=MEMORIES[memory]), []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            chat, said = Chat(model, None), list(prompt)
+            logits = chat._take(prompt)
+            for _ in range(limit):
+                said.append(int(jnp.argmax(logits)))
+                logits = chat._take(said[-1:])
+            answers.append(said[len(prompt) :])
+        return model, answers
+
+    return of, load, prompts
+
+
+@pytest.mark.parametrize("name", ["chunked", "juggler, to the host", "juggler, made again"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_sessions_that_forget_have_no_end_and_answer_as_they_would_alone(endless, memory, name):
+    of, load, prompts = endless
+    model, answers = of(memory)
+    live = Live(model, SCHEDULERS[name], sessions=2, kv_tokens=96, record=True)
+    size = lambda: sum(x.nbytes for x in jax.tree.leaves(live.places.memory))
+    most, before = live.places.most, size()
+    served = play(live, load, prompts)
+    assert [session.tokens for session in live.record.sessions] == answers
+    assert size() == before and before // (4 * most) == live.engine.cost.kv_bytes and live.room is None
+    assert live.seats.free == live.engine.blocks and live.engine.need(most) == live.engine.need(1000) == 2
+    again = replay(live, SCHEDULERS[name])
+    assert [line[2:] for line in again.log] == [line[2:] for line in served.log]
+    assert again.preemptions == served.preemptions and (served.preemptions > 3 or name == "chunked")
+
+
+def test_who_has_no_token_is_left_alone(endless):
+    of, *_ = endless
+    places = Forgetful(of("sinks")[0], 4)
+    before, draw = [places.get(slot) for slot in range(4)], Draw(*np.zeros((2, 2), np.float32), *np.zeros((2, 2), int))
+    places.step(np.ones(2, int), np.zeros(2, int), np.array([1, 1 << 30]), draw, "likeliest")
+    same = [eqx.tree_equal(places.get(slot), before[slot]) for slot in range(4)]
+    assert same == [True, False, True, True]
+
+
+class Uneven(Window):
+    """Once the last layer holds more than four tokens, the first one keeps two."""
+
+    def settle(self, memory):
+        first, *others, last = memory
+        budget = jnp.where((last.live > 4).any(), 2, first.budget)
+        return eqx.tree_at(lambda held: held.budget, first, budget), *others, last
+
+
+def test_layers_are_filled_in_parts_or_settled_together(tiny):
+    one = Decoder(tiny, keep=MEMORIES["sinks"])
+    two = eqx.tree_at(lambda model: model.layers, one, one.layers * 2)
+    text, places = list(range(30)), []
+    for parts in ([range(2)], [range(1), range(1, 2)]):
+        places.append(Forgetful(two, 4))
+        for done, count, sizes in ((0, 13, [8]), (13, 8, [8, 1, 1, 1, 1, 1]), (21, 9, [1] * 9)):  # 21, and 9 said
+            h = None
+            for layers in parts:
+                h = places[-1].fill(1, text, 21, done, count, layers, h)
+            assert [len(piece) for piece in h] == sizes
+    whole, parts = (jax.tree.leaves(x.memory) for x in places)
+    assert all((x == y).all() for x, y in zip(whole, parts, strict=True))
+    keep = Uneven(6, room=2)
+    memory = tuple(keep.rows(3, 1, 2) for _ in range(2))
+    memory = eqx.tree_at(lambda m: m[1].held.position, memory, memory[1].held.position.at[1:, :, :5].set(7))
+    settled = keep.settle_rows(memory, jnp.array([0, 1, 1 << 30]))  # the last one was not extended
+    assert settled[0].held.budget.tolist() == [6, 2, 6] and settled[1].held.budget.tolist() == [6, 6, 6]
+
+
+def test_what_a_memory_that_forgets_cannot_do_is_refused(tiny):
+    for keep, scheduler, said, text in (
+        (
+            MEMORIES["sinks"],
+            FCFS(),
+            {"prefixes": True},
+            "prefixes: what prompts share is kept whole, and Sinks forgets parts",
+        ),
+        (MEMORIES["sinks"], FCFS(), {"sessions": 0}, "sessions must be at least 1, got 0"),
+        (MEMORIES["sinks"], FCFS(), {"kv_tokens": 31}, "kv_tokens must hold the 32 that a session .* got 31"),
+        (D2O(24), LayeredPrefill(layers=2), {}, "LayeredPrefill sends .* D2O decides across them"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Live(Decoder(tiny, keep=keep), scheduler, **said)
+
+
 def test_another_scheduler_decides_otherwise(model, requests):
     load, prompts, _ = requests
     live = Live(model, FCFS(), sessions=3, record=True)
@@ -243,7 +352,7 @@ def test_it_serves_in_a_thread(model, requests):
 
 
 def test_nothing_is_compiled_once_it_is_warm(model, requests):
-    from anabranch.schedule import live as module
+    from anabranch.schedule import places as module
 
     _, prompts, answers = requests
     live, said, compiled = Live(model, Chunked(chunk=16), sessions=3, prefixes=True), [], []

@@ -137,6 +137,46 @@ class Held(eqx.Module):
         return self.keep.after(self, stay, new)
 
 
+class HeldRows(eqx.Module):
+    """The memories of one layer and N streams, which forget each for itself."""
+
+    held: Held
+    """Every array with a leading axis, the stream."""
+
+    def extend(
+        self,
+        q: Float[Array, "R heads D"],
+        k: Float[Array, "R kv D"],
+        v: Float[Array, "R kv D"],
+        positions: Int[Array, " R"],
+        rotate: Rotate,
+        stream: Int[Array, " R"],
+    ) -> tuple[Float[Array, "R heads*D"], "HeldRows"]:
+        """A token each of R different streams; a stream of N or more is none, and is not written."""
+        one = lambda held, q, k, v, at: held.extend(q[None], k[None], v[None], at[None], rotate)
+        # Who is none reads what the first one does: then it forgets only when somebody does.
+        read = jnp.where(stream < len(self.held.budget), stream, stream[0])
+        o, new = jax.vmap(one)(jax.tree.map(lambda x: x[read], self.held), q, k, v, positions)
+        return o[:, 0], HeldRows(jax.tree.map(lambda x, y: x.at[stream].set(y, mode="drop"), self.held, new))
+
+    def fill(self, *asked: Any, stream: Int[Array, ""]) -> tuple[Float[Array, "T heads*D"], "HeldRows"]:
+        """T tokens of one stream, asked as `Held.extend` is."""
+        o, new = jax.tree.map(lambda x: x[stream], self.held).extend(*asked)
+        return o, HeldRows(jax.tree.map(lambda x, y: x.at[stream].set(y), self.held, new))
+
+
+def pieces(n: int, room: int) -> list[int]:
+    """How n tokens are read, of which `room` may come at once: in pieces of few sizes, so that little is compiled.
+
+    When something is forgotten depends on them: whoever reads a text in the same pieces remembers the same.
+
+    >>> pieces(150, room=64)
+    [64, 64, 8, 8, 1, 1, 1, 1, 1, 1]
+    """
+    whole, rest = divmod(n, room)
+    return [room] * whole + [8] * (rest // 8) + [1] * (rest % 8)
+
+
 class Keep(eqx.Module):
     """Which tokens a memory keeps: subclasses give `score`, and what they `protect`.
 
@@ -175,6 +215,10 @@ class Keep(eqx.Module):
         place = jnp.zeros((*shape, places), jnp.int32) if places else None
         return Held(k, v, position, mass, last, seen, budget, self.begin(heads), self, place)
 
+    def rows(self, n: int, heads: int, width: int) -> HeldRows:
+        """The memories of n streams."""
+        return HeldRows(jax.tree.map(lambda x: jnp.repeat(x[None], n, 0), self.empty(heads, width)))
+
     def begin(self, heads: int) -> Any:
         """What the policy remembers of a layer beside what is kept: `Held.own`."""
         return None
@@ -198,6 +242,21 @@ class Keep(eqx.Module):
     def settle(self, memory: tuple[Held, ...]) -> tuple[Held, ...]:
         """The memories of all layers, after each extension: for what is decided across layers."""
         return memory
+
+    def settle_rows(self, memory: tuple[HeldRows, ...], stream: Int[Array, " R"]) -> tuple[HeldRows, ...]:
+        """As `settle`, of those streams that were extended."""
+        if not self.settles:
+            return memory
+        there = jnp.zeros(len(memory[0].held.budget), bool).at[stream].set(True, mode="drop")
+        new = jax.vmap(self.settle)(tuple(rows.held for rows in memory))
+        # What `settle` leaves alone is the same array on both sides: XLA copies nothing.
+        some = lambda x, y: jnp.where(there.reshape(-1, *[1] * (x.ndim - 1)), y, x)
+        return tuple(HeldRows(jax.tree.map(some, rows.held, held)) for rows, held in zip(memory, new, strict=True))
+
+    @property
+    def settles(self) -> bool:
+        """Whether something is decided across layers."""
+        return type(self).settle is not Keep.settle
 
     def recent(self, held: Held, n: int | Int[Array, ""]) -> Bool[Array, "kv S"]:
         """The last n tokens."""

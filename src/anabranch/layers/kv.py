@@ -67,7 +67,13 @@ class Room(eqx.Module):
     def empty(self, heads: int, width: int) -> KV:
         return KV.empty(heads, self.size, width)
 
+    def rows(self, n: int, heads: int, width: int) -> "Rows":
+        return Rows(*jnp.zeros((2, n, heads, self.size, width)))
+
     def settle(self, memory: tuple[KV, ...]) -> tuple[KV, ...]:
+        return memory
+
+    def settle_rows(self, memory: tuple["Rows", ...], stream: Int[Array, " R"]) -> tuple["Rows", ...]:
         return memory
 
 
@@ -138,6 +144,14 @@ class Keeper(Protocol):
         """The memory of one layer, of `heads` keys and values of `width` numbers."""
         ...
 
+    def rows(self, n: int, heads: int, width: int) -> Any:
+        """The memories of one layer and `n` streams, which extend as `Rows` do."""
+        ...
+
     def settle(self, memory: tuple[Any, ...]) -> tuple[Any, ...]:
         """The memories of all layers after an extension: for what is decided across layers."""
+        ...
+
+    def settle_rows(self, memory: tuple[Any, ...], stream: Int[Array, " R"]) -> tuple[Any, ...]:
+        """As `settle`, of those streams that were extended; one that is past the last is none."""
         ...

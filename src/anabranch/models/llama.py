@@ -37,7 +37,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from anabranch.cell import Cell, noise
-from anabranch.layers.kv import Keeper, Room, Rows
+from anabranch.layers.kv import Keeper, Room
 from anabranch.layers.linear import Int8Linear, Linear, quantise
 
 M = TypeVar("M")
@@ -370,14 +370,14 @@ class Decoder(Cell):
 
     def rows(
         self,
-        memory: tuple[Rows, ...],
+        memory: tuple[Any, ...],
         xs: Int[Array, " R"],
         positions: Int[Array, " R"],
         stream: Int[Array, " R"],
-    ) -> tuple[tuple[Rows, ...], Float[Array, "R vocab"]]:
+    ) -> tuple[tuple[Any, ...], Float[Array, "R vocab"]]:
         """One token each for R of N streams whose memories are kept together; a stream of N or more is none."""
         h, new = self.run_layers(self.embedding[xs], memory, positions, stream=stream)
-        return new, self.logits(h)
+        return self.keep.settle_rows(new, stream), self.logits(h)
 
 
 def int8(model: M) -> M:

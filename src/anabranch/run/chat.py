@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from anabranch.decode.base import Draw, sample
+from anabranch.keep.memory import pieces
 from anabranch.models.llama import Decoder, Session
-from anabranch.sessions import Vocabulary
+from anabranch.sessions import LIMIT, Vocabulary
 
 
 class Chat:
@@ -36,7 +37,7 @@ class Chat:
 
     def __init__(
         self, model: Decoder, vocabulary: Vocabulary, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-        limit: int = 512,
+        limit: int = LIMIT,
     ):  # fmt: skip
         room = getattr(model.keep, "room", None)
         if room is None:
@@ -90,10 +91,9 @@ class Chat:
         return both[len(answered) :]
 
     def _take(self, tokens: list[int]) -> jax.Array:
-        """Read tokens, in pieces of few sizes so that little is compiled; the logits of the next one."""
+        """Read tokens, in `pieces`; the logits of the next one."""
         logits = None
-        while tokens:
-            n = next(size for size in (self.room, 8, 1) if size <= min(len(tokens), self.room))
+        for n in pieces(len(tokens), self.room):
             self.state, logits = _advance(self.model, (self.state, jnp.asarray(tokens[:n], jnp.int32)))
             tokens = tokens[n:]
         assert logits is not None, "a template writes something"

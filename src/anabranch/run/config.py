@@ -264,7 +264,7 @@ class ServedCellFile(Section):
 
 
 class MemoryConfig(Section):
-    """What a language model remembers of a conversation without end."""
+    """What a language model remembers of conversations and sessions without end."""
 
     policy: str = "anabranch.keep.memory:Sinks"
     """`module:name` of what says which tokens stay."""
@@ -282,7 +282,7 @@ class ModelConfig(Section):
     sessions: int = Field(8, ge=1)
     """That are stepped together at most; twice as many have a place."""
     size: int = Field(2048, ge=16)
-    """Tokens of a session, prompt and answer together."""
+    """Tokens of a session, prompt and answer together; with `memory` there is no end."""
     int8: bool = False
     """Round the weights to int8."""
     prefixes: Literal["none", "tenant", "all"] = "none"
@@ -293,7 +293,13 @@ class ModelConfig(Section):
     options: dict[str, Any] = {"chunk": 256}
     """Of the scheduler."""
     memory: MemoryConfig | None = None
-    """Of `anabranch chat`, whose conversations have no end; sessions of a server have a size."""
+    """By which sessions have no end; by default that of `anabranch chat`, and none of a server's."""
+
+    @model_validator(mode="after")
+    def _one_end(self):
+        if self.memory is not None and "size" in self.model_fields_set:
+            raise ValueError("sessions have either a size or a memory that forgets, and then no end")
+        return self
 
 
 class ServedModelFile(Section):

@@ -27,7 +27,7 @@ from anabranch.run.access import Access, Tenant, check_tls
 from anabranch.run.config import ServeConfig, place
 from anabranch.run.connections import read_body, read_json
 from anabranch.run.metrics import LATENCIES
-from anabranch.sessions import Ask, Engine, Full, Vocabulary
+from anabranch.sessions import LIMIT, Ask, Engine, Full, Vocabulary
 
 log = logging.getLogger("anabranch.serve")
 
@@ -246,7 +246,8 @@ class LanguageServer:
         if not self.alive:
             raise HTTPException(503, ENDED)
         seed = secrets.randbits(31) if said.seed is None else said.seed & 0x7FFFFFFF
-        limit = limit or max(1, self.engine.room - len(prompt))
+        if limit is None:
+            limit = LIMIT if self.engine.room is None else max(1, self.engine.room - len(prompt))
         salt = b"" if self.shared else tenant.name.encode()
         found: list[int] = []
         try:

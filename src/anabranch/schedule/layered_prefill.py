@@ -11,7 +11,7 @@ A set of prompts is let in when the one before it is through, so that under load
 waits. Numbers of groups and rules of admission are those of the authors' code.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import numpy as np
@@ -55,6 +55,8 @@ class LayeredPrefill(Scheduler):
     Raises:
         ValueError: if a size is not positive.
     """
+
+    layered: ClassVar[bool] = True
 
     layers: int = eqx.field(static=True, default=MOST)
     most: int = eqx.field(static=True, default=8192)

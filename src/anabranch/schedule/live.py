@@ -16,6 +16,17 @@ An iteration does what the scheduler's `Batch` says: one token more for each of 
 so many tokens of some prompts, through some of the layers, one prompt after the other. Sessions keep a slot each in one
 array of keys and values a layer, which is updated in place; blocks are counted, so that a scheduler has to share them.
 
+A model whose memory forgets serves sessions without an end: each then has the blocks of what it remembers at most.
+
+    >>> from anabranch.keep.memory import Sinks
+    >>> endless = Decoder(Llama(sizes, key=jax.random.PRNGKey(0)), keep=Sinks(budget=8, sinks=2, room=4))
+    >>> live, said = Live(endless, Chunked(chunk=16), sessions=2), []
+    >>> _ = live.submit(Ask([3, 1, 4] * 20, limit=30), said.append)
+    >>> while live.turn():
+    ...     pass
+    >>> len(said), live.places.most
+    (31, 12)
+
 With `prefixes`, full blocks of prompts are also kept in a pool, under the numbers that `PrefixIndex` gives them, and a
 session whose prompt begins as an earlier one's takes their keys and values instead of computing them: they are copied
 into its slot once. (To read them where they are, through a table of blocks, XLA would gather all keys and values of a
@@ -29,19 +40,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int8, Int64
 
-from anabranch.decode.base import Draw, sample
+from anabranch.decode.base import Draw
 from anabranch.keep.blocks import block_keys
-from anabranch.layers.kv import Rows
-from anabranch.models.llama import LENGTHS, Decoder, Layer, filled
+from anabranch.layers.kv import Room
+from anabranch.models.llama import Decoder
 from anabranch.schedule.cluster import Work
+from anabranch.schedule.places import Forgetful, Places
 from anabranch.schedule.scheduler import PREFILLING, SWAP, SWAPPED, Engine, Scheduler
 from anabranch.schedule.seats import Asked, Seats
 from anabranch.sessions import Ask, Full
@@ -66,7 +75,7 @@ class Session:
     h: Any = None
     """Of a prompt on its way through the layers: what came out of the last one."""
     away: Any = None
-    """Its keys and values, while others have its blocks."""
+    """What it remembers, while others have its blocks."""
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Live:
     """Serves sessions: `submit` from any thread; `turn`, or `run`, in one.
 
     Args:
-        model: whose size is the room of a session, prompt and answer together.
+        model: whose size is the room of a session, prompt and answer together; if its memory forgets, there is no end.
         sessions: that are in an iteration at most. Twice as many have a place.
         kv_tokens: that all sessions may hold together; by default as many as their places have.
         most: tokens of prompts in an iteration.
@@ -116,7 +125,9 @@ class Live:
             memory for `kv_tokens` once more.
 
     Raises:
-        ValueError: if a size is not positive, or sessions have no room for a block.
+        ValueError: if a size is not positive, sessions have no room for a block, or what is asked for does not go with
+            a memory that forgets: `prefixes`, fewer `kv_tokens` than a session may come to hold, or a scheduler that
+            sends prompts through part of the layers if something is decided across them.
     """
 
     def __init__(
@@ -124,17 +135,28 @@ class Live:
         most: int = 8192, stop: frozenset[int] | set[int] = frozenset(), waiting: int = 1024, record: bool = False,
         prefixes: bool = False,
     ):  # fmt: skip
-        config, places = model.config, 2 * sessions
-        kv_bytes = 8 * config.layers * config.kv_heads * config.head_width
-        sizes = _Sizes(kv_bytes, places * model.size if kv_tokens is None else kv_tokens)
-        self.engine = Engine(sizes, block=block, max_tokens=most, max_seqs=sessions, prefixes=prefixes)
+        for name, value in (("sessions", sessions), ("block", block)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        kind, n = Places if isinstance(model.keep, Room) else Forgetful, 2 * sessions
+        self.places = places = kind(model, n)
+        held = -(-places.most // block) * block
+        sizes = _Sizes(places.token_bytes, n * held if kv_tokens is None else kv_tokens)
+        self.engine = Engine(
+            sizes, block=block, max_tokens=most, max_seqs=sessions, prefixes=prefixes,
+            max_kept=places.most if places.endless else None,
+        )  # fmt: skip
+        if prefixes:
+            places.open_pool(self.engine.blocks, block)
+        if places.endless and held > self.engine.blocks * block:
+            raise ValueError(f"kv_tokens must hold the {held} that a session comes to have, got {kv_tokens}")
+        if places.together and scheduler.layered:
+            keep, who = type(model.keep).__name__, type(scheduler).__name__
+            raise ValueError(f"scheduler: {who} sends prompts through part of the layers, {keep} decides across them")
         self.seats = Seats(self.engine, 0, scheduler.oracle)
         self.model, self.scheduler, self.stop, self.waiting = model, scheduler, stop, waiting
         self.state = scheduler.init()
-        empty = lambda n, size: Rows(*jnp.zeros((2, n, config.kv_heads, size, config.head_width)))
-        self.memory = tuple(empty(places, model.size) for _ in model.layers)
-        self.pool = tuple(empty(self.engine.blocks, block) for _ in model.layers if prefixes)
-        self.room = min(model.size, self.engine.blocks * block)
+        self.room = None if places.endless else min(places.most, self.engine.blocks * block)
         self.record = Record() if record else None
         self._sessions: dict[int, Session] = {}
         self._count = 0
@@ -171,7 +193,7 @@ class Live:
         bad = next((token for token in ask.prompt if not 0 <= token < vocab), None)
         if bad is not None:
             raise ValueError(f"prompt: a token must be from 0 to {vocab - 1}, got {bad}")
-        if length + ask.limit > self.room:
+        if self.room is not None and length + ask.limit > self.room:
             raise ValueError(f"prompt: {length} tokens and an answer of {ask.limit} have no room in {self.room}")
         with self._wake:
             if len(self._come) + len(self.seats.queue) >= self.waiting:
@@ -209,29 +231,20 @@ class Live:
         Arguments:
             told: is given the name of what is compiled next.
         """
-        memory, most = self.memory, min(self.model.size, self.engine.max_tokens)
-        most = min(most, getattr(self.scheduler, "chunk", most))
-        lengths = [*(length for length in LENGTHS if length < most), filled(most)]
-        for length in lengths:
+        most, hows = self.engine.max_tokens, ("likeliest", "all")
+        for length in self.places.lengths(min(most, getattr(self.scheduler, "chunk", most))):
             told(f"prompts of {length} tokens")
-            h, first = _layer(self.model.layers[0], memory[0], jnp.zeros((length, self.model.config.width)), 0, 0)
-            memory = first, *memory[1:]
-            for how in ("likeliest", "all"):
-                _first(self.model, h, 0, _sampling([], 1)[0], how=how)
+            self.places.warm_fill(length, hows, _sampling([], 1)[0])
         rows = 2
         while rows < 2 * self.engine.max_seqs:
             told(f"steps of {rows} sessions")
-            for how in ("likeliest", "all"):
+            for how in hows:
                 none = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.full(rows, 1 << 30)
-                memory, _ = _step(self.model, memory, *none, _sampling([], rows)[0], how=how)
+                self.places.step(*none, _sampling([], rows)[0], how)
             rows *= 2
-        self.memory = memory
-        if self.pool:
+        if self.engine.prefixes:
             told("shared beginnings of prompts")
-            counts = {_filled(n, self._blocks) for n in range(1, self._blocks + 1)}
-            for ids in (np.full(count, 1 << 30) for count in sorted(counts)):
-                self.pool = _save(self.pool, self.memory, ids, 0, 0)
-                self.memory = _load(self.memory, self.pool, ids, 0)
+            self.places.warm_blocks()
 
     def wait(self, seconds: float) -> None:
         """Wait so long, or until the scheduler wants to be asked again, or somebody comes or goes."""
@@ -255,7 +268,8 @@ class Live:
             return False
         for slot in np.flatnonzero(batch.decode & (seats.status == SWAPPED)).tolist():
             session = self._at(slot)
-            self.memory, session.away = _put(self.memory, slot, session.away), None
+            self.places.put(slot, session.away)
+            session.away = None
         if seats.index:
             seats.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
         taken = seats.take(batch, type(self.scheduler).__name__)
@@ -264,10 +278,12 @@ class Live:
             (seats.id[taken.prompts], taken.fresh)
         ).tolist():  # who finds what others compute, after them
             slot, chunk = int(taken.prompts[i]), int(taken.chunk[i])
-            if taken.fresh[i] and self.pool:
-                self._find(slot)
+            if taken.fresh[i]:
+                self.places.begin(slot)
+                if self.engine.prefixes:
+                    self._find(slot)
             tokens[slot] = self._prefill(slot, chunk, *batch.layers)
-            if taken.whole and self.pool:
+            if taken.whole and self.engine.prefixes:
                 self._share(slot, chunk)
         end = self.clock()
         if self.record is not None:
@@ -318,7 +334,7 @@ class Live:
     def _asked(self, number: int) -> Asked:
         session = self._sessions[number]
         ask = session.ask
-        keys = block_keys(ask.prompt, self.engine.block, ask.salt) if self.pool else []
+        keys = block_keys(ask.prompt, self.engine.block, ask.salt) if self.engine.prefixes else []
         return Asked(session.arrival, len(ask.prompt), ask.limit, ask.ttft, ask.tds, keys)
 
     def _cancel(self, session: Session) -> None:
@@ -344,15 +360,10 @@ class Live:
 
     def _preempt(self, how: Int8[np.ndarray, " N"]) -> None:
         for slot in np.flatnonzero(how == SWAP).tolist():
-            self._at(slot).away = jax.device_get(_get(self.memory, slot))
+            self._at(slot).away = self.places.get(slot)
         if self.record is not None:
             self.record.preemptions += int(np.count_nonzero(how))
         self.seats.preempt(how)
-
-    @property
-    def _blocks(self) -> int:
-        """In a slot."""
-        return self.model.size // self.engine.block
 
     def _find(self, slot: int) -> None:
         """Give a session what there is of its prompt."""
@@ -360,14 +371,14 @@ class Live:
         if not self.seats.preempted[slot]:
             self._at(slot).found(n)
         if ids := self.seats.tables[slot][: n // self.engine.block]:
-            self.memory = _load(self.memory, self.pool, _padded(ids, self._blocks), slot)
+            self.places.find(slot, ids)
 
     def _share(self, slot: int, count: int) -> None:
         """Let others have the blocks of a prompt that are now full."""
         seats, block, done = self.seats, self.engine.block, int(self.seats.done[slot])
         first, last = done // block, min((done + count) // block, len(seats.keys[slot]))
         if ids := seats.tables[slot][first:last]:
-            self.pool = _save(self.pool, self.memory, _padded(ids, self._blocks), slot, first)
+            self.places.share(slot, ids, first)
 
     def _decode(self, slots: Int64[np.ndarray, " k"]) -> dict[int, int]:
         """One token more for each of these."""
@@ -379,91 +390,20 @@ class Live:
         tokens = np.pad([session.tokens[-1] for session in sessions], (0, pad))
         positions, streams = np.pad(self.seats.done[slots], (0, pad)), np.pad(slots, (0, pad), constant_values=1 << 30)
         draw, how = _sampling(sessions, pad)
-        self.memory, said = _step(self.model, self.memory, tokens, positions, streams, draw, how=how)
+        said = self.places.step(tokens, positions, streams, draw, how)
         return dict(zip(slots.tolist(), np.asarray(said).tolist()))
 
     def _prefill(self, slot: int, count: int, low: float, high: float) -> int:
         """Part of a prompt through some layers; returns what follows, if it is all of it and the last of them."""
-        session, config, start = self._at(slot), self.model.config, int(self.seats.done[slot])
-        a, b = round(low * config.layers), round(high * config.layers)
-        if a == 0:
-            text = (session.ask.prompt + session.tokens)[start : start + count]
-            session.h = self.model.embedding[np.pad(text, (0, filled(count) - count))]
-        memory = list(self.memory)
-        for i in range(a, b):
-            session.h, memory[i] = _layer(self.model.layers[i], memory[i], session.h, slot, start)
-        self.memory = tuple(memory)
-        if b < config.layers:
+        session, done, all_layers = self._at(slot), int(self.seats.done[slot]), self.model.config.layers
+        layers, asked = range(round(low * all_layers), round(high * all_layers)), session.ask.prompt
+        session.h = self.places.fill(slot, asked + session.tokens, len(asked), done, count, layers, session.h)
+        if layers.stop < all_layers:
             return -1
         h, session.h = session.h, None
-        if start + count < self.seats.prompt[slot]:
+        if done + count < self.seats.prompt[slot]:
             return -1
-        draw, how = _sampling([session], 0)
-        return int(_first(self.model, h, count - 1, draw, how=how)[0])
-
-
-# What runs on the device
-
-
-@partial(jax.jit, donate_argnums=1, static_argnames="how")
-def _step(model: Decoder, memory, tokens, positions, streams, draw: Draw, how: str):
-    memory, logits = model.rows(memory, tokens, positions, streams)
-    return memory, sample(logits, draw, how)
-
-
-@partial(jax.jit, donate_argnums=1)
-def _layer(layer: Layer, memory: Rows, h, stream, start):
-    positions = start + jnp.arange(len(h))
-    return layer(h, positions, lambda *asked: memory.fill(*asked, stream=stream))
-
-
-@partial(jax.jit, static_argnames="how")
-def _first(model: Decoder, h, at, draw: Draw, how: str):
-    return sample(model.logits(h[at][None]), draw, how)
-
-
-@jax.jit
-def _get(memory, stream):
-    return jax.tree.map(lambda x: x[stream], memory)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put(memory, stream, away):
-    return jax.tree.map(lambda x, y: x.at[stream].set(y), memory, away)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _load(memory, pool, ids, stream):
-    """Copy blocks into a slot, from its beginning. Numbers that are no blocks leave zeros, where nothing is yet."""
-
-    def put(x, blocks):
-        _, kv, _, D = x.shape
-        some = blocks.at[ids].get(mode="fill", fill_value=0).swapaxes(0, 1).reshape(1, kv, -1, D)
-        return jax.lax.dynamic_update_slice(x, some, (stream, 0, 0, 0))
-
-    return jax.tree.map(put, memory, pool)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _save(pool, memory, ids, stream, first):
-    """Copy blocks out of a slot, from its `first` on."""
-
-    def put(blocks, x):
-        size = blocks.shape[2]
-        slots = first * size + jnp.arange(len(ids) * size)
-        some = x[stream].at[:, slots].get(mode="clip")
-        return blocks.at[ids].set(some.reshape(len(some), len(ids), size, -1).swapaxes(0, 1), mode="drop")
-
-    return jax.tree.map(put, pool, memory)
-
-
-def _filled(n: int, most: int) -> int:
-    return min(1 << (n - 1).bit_length(), most)
-
-
-def _padded(ids: list[int], most: int) -> np.ndarray:
-    """With numbers that are no blocks up to a length of which there are few."""
-    return np.pad(ids, (0, _filled(len(ids), most) - len(ids)), constant_values=1 << 30)
+        return self.places.first(h, count, *_sampling([session], 0))
 
 
 def _sampling(sessions: list[Session], pad: int) -> tuple[Draw, str]:

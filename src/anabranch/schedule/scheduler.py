@@ -21,6 +21,11 @@ SWAP, RECOMPUTE = 1, 2
 """How a request is preempted: its cache goes to host memory, or is dropped and made again."""
 
 
+def blocks(tokens: Any, block: int, most: int | None) -> Any:
+    """Blocks for so many tokens of a request, of which `most` are kept, or all."""
+    return -(-(tokens if most is None else np.minimum(tokens, most)) // block)
+
+
 class View(NamedTuple):
     """What an engine's scheduler sees. Arrays are over slots, in no order; they must not be written to."""
 
@@ -61,10 +66,12 @@ class View(NamedTuple):
     """Blocks that nobody else has: those that come free when it goes."""
     worker: str = "both"
     """Whose next iteration it is: `prefill` or `decode` in an engine with two workers."""
+    max_kept: int | None = None
+    """As the engine's."""
 
     def need(self, tokens: Any) -> Any:
-        """Blocks for so many tokens."""
-        return -(-tokens // self.block)
+        """Blocks for so many tokens of a request."""
+        return blocks(tokens, self.block, self.max_kept)
 
 
 class Batch(NamedTuple):
@@ -98,6 +105,8 @@ class Scheduler(Policy):
     then runs such iterations at once."""
     oracle: ClassVar[bool] = False
     """Whether it is shown how long answers will be, which no real one is."""
+    layered: ClassVar[bool] = False
+    """Whether it sends prompts through part of the layers."""
 
     def init(self, *, key=None) -> State:
         return ()
@@ -164,6 +173,8 @@ class Engine:
     prefixes: bool = False
     """Whether requests share the blocks in which their prompts begin alike. Those that nobody uses stay in memory until
     there is no other room, the least recently used go first; they count as free."""
+    max_kept: int | None = None
+    """Tokens of a request that are in the cache at most, where what attention remembers is bounded; by default all."""
 
     def __post_init__(self):
         if self.workers not in (1, 2):
@@ -185,3 +196,7 @@ class Engine:
     @cached_property
     def blocks(self) -> int:
         return self.tokens // self.block
+
+    def need(self, tokens: Any) -> Any:
+        """Blocks for so many tokens of a request."""
+        return blocks(tokens, self.block, self.max_kept)

@@ -87,7 +87,7 @@ class Seats:
             now, self.id, self.status, self.arrival, self.prompt, self.done, self.generated, blocks, self.first,
             self.last, self.ttft, self.tds, self.preempted, self.output if self.oracle else self.unknown,
             self.free, engine.block, self.total, len(self.queue), engine.max_tokens, engine.max_seqs,
-            hit, own, worker,
+            hit, own, worker, engine.max_kept,
         )  # fmt: skip
 
     def seat(self, asked: Callable[[int], Asked]) -> None:
@@ -113,7 +113,7 @@ class Seats:
             RuntimeError: if there are too few; a scheduler must not ask for more than there are.
         """
         held = self.blocks[slots]
-        need = np.maximum(held, -(-tokens // self.engine.block))
+        need = np.maximum(held, self.engine.need(tokens))
         more = int((need - held).sum())
         if more > self.free:
             raise RuntimeError(f"the scheduler needs {more} blocks of engine {self.number}, {self.free} are free")

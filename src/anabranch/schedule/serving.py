@@ -196,7 +196,7 @@ class _Simulation:
         i = self.next
         self.next += 1
         most = int(self.load.prompt[i] + self.load.output[i])
-        fits = [one for one in self.engines if -(-most // one.engine.block) <= one.engine.blocks]
+        fits = [one for one in self.engines if one.engine.need(most) <= one.engine.blocks]
         roles = {one.engine.role for one in fits}
         if not roles & {"both", "prefill"} or not roles & {"both", "decode"}:
             self.result.rejected.append(i)
@@ -307,8 +307,8 @@ class _Simulation:
     def steps(one: _Running, decode: np.ndarray) -> int:
         """How many iterations are sure to only decode: until one ends, or blocks run out."""
         most = int((one.output[decode] - one.generated[decode]).min())
-        done, held, size = one.done[decode], one.blocks[decode], one.engine.block
-        blocks = lambda k: int(np.maximum(-(-(done + k) // size) - held, 0).sum())
+        done, held = one.done[decode], one.blocks[decode]
+        blocks = lambda k: int(np.maximum(one.engine.need(done + k) - held, 0).sum())
         if blocks(most) > one.free:
             low, high = 1, most
             while high - low > 1:
@@ -362,7 +362,7 @@ class _Simulation:
         while self.pulls:
             source, slot = self.pulls[0]
             one = self.engines[source]
-            need = -(-int(one.done[slot] + 1) // one.engine.block)
+            need = int(one.engine.need(one.done[slot] + 1))
             room = [
                 other
                 for other in self.engines
