@@ -1,5 +1,7 @@
 """The language model with experts in each layer."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,16 +9,18 @@ import numpy as np
 import pytest
 
 from anabranch import contract
-from anabranch.keep.text import domains
+from anabranch.keep.text import shakespeare
 from anabranch.layers.experts import Route, balance, choose, dispatch, loads
-from anabranch.models.llama import Decoder, int8
+from anabranch.layers.linear import Linear, quantise
+from anabranch.models.llama import Decoder
 from anabranch.models.moe_lm import Config, MoELM, load, ranked, trace
 
 CONFIG = Config(
     vocab=37, width=16, layers=2, heads=4, kv_heads=2, hidden=12, rope_base=1000.0, tied=False, experts=6, chosen=2
 )
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 37, 19))
-routed, advance, traced = (eqx.filter_jit(f) for f in (MoELM.routed, Decoder.advance, trace))
+BEST = jnp.arange(2)
+routed, traced = eqx.filter_jit(MoELM.routed), eqx.filter_jit(trace)
 
 
 @pytest.fixture(scope="module")
@@ -65,41 +69,39 @@ def test_logits_equal_those_of_transformers(model):
         for name, x in mine.items():
             parameters[name].copy_(torch.tensor(np.array(x)))
         out = theirs(torch.tensor(np.asarray(TOKENS))[None], output_router_logits=True, labels=torch.tensor([[0] * 19]))
-    logits, router = routed(model, TOKENS[None])
+    logits, router = routed(model, TOKENS[None], BEST)
     np.testing.assert_allclose(logits[0], out.logits[0].numpy(), atol=1e-4)
     # Theirs takes both layers as one, and counts each of the k choices as a whole.
     both = router.reshape(-1, 6)
-    np.testing.assert_allclose(2 * balance(both, choose(both, jnp.arange(2)).expert), out.aux_loss.item(), rtol=1e-4)
+    np.testing.assert_allclose(2 * balance(both, choose(both, BEST).expert), out.aux_loss.item(), rtol=1e-4)
 
 
 def test_a_stream_is_the_whole_text(model):
-    logits, router = routed(model, jnp.stack([TOKENS, TOKENS[::-1]]))
+    """All at once, in texts of a batch, and token by token; with the few that go to an expert alone, and in blocks."""
+    logits, router = routed(model, TOKENS[None], BEST)
     np.testing.assert_allclose(eqx.filter_jit(MoELM.__call__)(model, TOKENS), logits[0], atol=1e-5)
     cell = Decoder(model, 24)
-    state, first = advance(cell, cell.init(), TOKENS[:12])
-    state, second, read = traced(cell, state, TOKENS[12:18])
+    state, first, read = traced(cell, cell.init(), TOKENS[:18])
     state, last = eqx.filter_jit(Decoder.step)(cell, state, TOKENS[18])
-    np.testing.assert_allclose(jnp.concatenate([first, second, last[None]]), logits[0], atol=1e-5)
-    np.testing.assert_allclose(read, router[:, 0, 12:18], atol=1e-5)
-    rounded = advance(int8(cell), cell.init(), TOKENS)[1]
-    assert 0 < jnp.abs(rounded - logits[0]).mean() < 0.03 * jnp.abs(logits).mean()
+    assert int(state.length) == 19
+    np.testing.assert_allclose(jnp.concatenate([first, last[None]]), logits[0], atol=1e-5)
+    np.testing.assert_allclose(read, router[:, 0, :18], atol=1e-5)
 
 
-def test_a_decoder_with_experts_keeps_the_contract(model):
-    contract.check(Decoder(model, 24), TOKENS[:4])
+def test_a_decoder_with_experts_keeps_the_contract():
+    one = eqx.filter_jit(MoELM)(dataclasses.replace(CONFIG, layers=1), key=jax.random.PRNGKey(0))
+    report = contract.check(Decoder(one, 8), TOKENS[:4], key=jax.random.PRNGKey(0))
+    assert report.ok, str(report)
 
 
 def test_ranks_say_which_experts_work(model):
     """Rank 0 is the best; ranks that are none change nothing; rows of ranks go through one vmap."""
-    cell = Decoder(model, 24)
-    usual = advance(cell, cell.init(), TOKENS)[1]
-    several = jnp.array([[0, 1], [2, -1], [2, 6]])
-    run = lambda ranks: ranked(cell, ranks).advance(cell.init(), TOKENS)[1]
-    out = eqx.filter_jit(jax.vmap(run))(several)
-    np.testing.assert_allclose(out[0], usual, atol=1e-5)
-    np.testing.assert_allclose(out[1], out[2], atol=1e-6)
-    np.testing.assert_allclose(out[1], routed(model, TOKENS[None], jnp.array([2]))[0][0], atol=1e-5)
-    assert jnp.abs(out[1] - usual).max() > 0.01
+    cell, several = Decoder(model, 24), jnp.array([[0, 1], [2, -1], [6, 2]])
+    out = eqx.filter_jit(jax.vmap(lambda ranks: ranked(cell, ranks).advance(cell.init(), TOKENS)[1]))(several)
+    for logits, ranks in zip(out, several):
+        np.testing.assert_allclose(logits, routed(model, TOKENS[None], ranks)[0][0], atol=1e-5)
+    np.testing.assert_allclose(out[1], out[2], atol=1e-5)
+    assert jnp.abs(out[1] - out[0]).max() > 0.01
     with pytest.raises(ValueError, match=r"ranks must be one row of at least one rank, got the shape \(1, 2\)"):
         ranked(cell, several[:1])
 
@@ -115,7 +117,7 @@ def test_choice_and_balance_by_hand():
     assert jnp.isfinite(jax.grad(lambda x: balance(x, choose(x, jnp.array([9])).expert))(logits)).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 300])
+@pytest.mark.parametrize("tokens", [2, 300])
 def test_no_token_is_dropped_however_uneven_the_loads(tokens):
     """Against all experts computed for all tokens; in one product each, in blocks, and with everybody at one expert."""
     rng = np.random.default_rng(tokens)
@@ -134,11 +136,19 @@ def test_bad_arguments_are_named():
         Config(experts=4, chosen=5)
 
 
+def test_stacked_experts_are_rounded_as_each_alone():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32)
+    both = quantise(Linear(w)), quantise(Linear(w[1]))
+    np.testing.assert_array_equal(both[0].w[1], both[1].w)
+    np.testing.assert_array_equal(both[0].scale[1], both[1].scale)
+
+
 @pytest.mark.parametrize("name", ["strong", "light"])
 def test_trained_weights_predict_text_they_have_not_seen(name, data):
-    model, text = load(name), domains(held_out=True)["shakespeare"][: 16 * 128].reshape(16, 128).astype(np.int32)
-    logits, router = routed(model, jnp.asarray(text))
+    """The last verses; and of the eight experts of each layer, none is idle."""
+    text = np.frombuffer(shakespeare().encode()[-16 * 128 :], np.uint8).reshape(16, 128).astype(np.int32)
+    logits, router = routed(load(name), jnp.asarray(text), BEST)
     share = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), text[:, 1:, None], -1)
     assert -share.mean() / np.log(2) < 2.8
-    each = jax.vmap(lambda logits: loads(choose(logits, jnp.arange(2)).expert, 8))(router)
+    each = jax.vmap(lambda logits: loads(choose(logits, BEST).expert, 8))(router)
     assert each.min() > 0

@@ -194,4 +194,6 @@ def load(name: str) -> MoELM:
     Raises:
         FileNotFoundError: they are not there.
     """
-    return cast(train.load(f"moe_lm:{name}", cast(MoELM(key=jax.random.PRNGKey(0)), jnp.float16)), jnp.float32)
+    shapes = eqx.filter_eval_shape(MoELM, key=jax.random.PRNGKey(0))
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float16) if hasattr(x, "shape") else x, shapes)
+    return cast(train.load(f"moe_lm:{name}", blank), jnp.float32)
