@@ -87,7 +87,7 @@ class MoEBlock(Block):
         E, d, hidden = config.experts, config.width, config.hidden
         shapes = {"router": (E, d), "gate": (E, hidden, d), "up": (E, hidden, d), "down": (E, d, hidden)}
         drawn = {name: 0.02 * jax.random.normal(noise(key, 0, name), shape) for name, shape in shapes.items()}
-        block = cls(**vars(Block.random(config, key)) | drawn)
+        block = cls(**vars(Block.random(config, key)) | drawn)  # pyright: ignore
         kept = lambda w: w if w.ndim == 1 or w is block.router else w / (0.02 * w.shape[-1] ** 0.5)
         return jax.tree.map(kept, block)
 
@@ -109,7 +109,7 @@ class MoEBlock(Block):
 class MoELM(Llama):
     """A causal language model with experts: logits f32[T, vocab] of the token after each of T tokens i32[T]."""
 
-    blocks: MoEBlock
+    blocks: MoEBlock  # pyright: ignore
     config: Config = eqx.field(static=True)  # pyright: ignore
 
     def __init__(self, config: Config = SIZES, *, key: PRNGKeyArray):
