@@ -4,13 +4,13 @@ A router gives logits for each token; its k likeliest experts work on it, with w
 (Jiang et al., "Mixtral of Experts", arXiv 2401.04088, 2024). No token is ever dropped: a token gets the same alone and
 among others.
 
-    >>> logits = jnp.array([[1.0, 3.0, 2.0], [0.0, 0.0, 9.0]])
-    >>> route = choose(logits, jnp.arange(2))
-    >>> route.expert.tolist(), route.weight.round(2).tolist()
-    ([[1, 2], [2, 0]], [[0.73, 0.27], [1.0, 0.0]])
-    >>> double = lambda scale, x: scale * x
-    >>> dispatch(double, jnp.array([0.0, 1.0, 2.0]), jnp.ones((2, 4)), route)[:, 0].round(2).tolist()
-    [1.27, 2.0]
+    >>> route = choose(jnp.array([[1.0, 3.0, 1.0], [0.0, 0.0, 9.0]]), jnp.arange(2))
+    >>> route.expert.tolist()
+    [[1, 0], [2, 0]]
+    >>> scales = jnp.array([0.0, 1.0, 1.0])
+    >>> y = dispatch(lambda scale, rows: scale * rows, scales, jnp.ones((2, 4)), route)
+    >>> [round(float(v), 3) for v in y[:, 0]]  # e^3 / (e^3 + e), e^9 / (e^9 + 1)
+    [0.881, 1.0]
 """
 
 from collections.abc import Callable
