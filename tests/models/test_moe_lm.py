@@ -23,9 +23,16 @@ BEST = jnp.arange(2)
 routed, traced = eqx.filter_jit(MoELM.routed), eqx.filter_jit(trace)
 
 
+def drawn(config: Config) -> MoELM:
+    """Random weights, without a program that draws them; norms too, so that none can be forgotten."""
+    rng, shapes = np.random.default_rng(0), eqx.filter_eval_shape(MoELM, config, key=jax.random.PRNGKey(0))
+    draw = lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), jnp.float32)
+    return jax.tree.map(lambda x: draw(x) if hasattr(x, "shape") else x, shapes)
+
+
 @pytest.fixture(scope="module")
 def model():
-    return eqx.filter_jit(MoELM)(CONFIG, key=jax.random.PRNGKey(0))
+    return drawn(CONFIG)
 
 
 def test_logits_equal_those_of_transformers(model):
@@ -89,8 +96,9 @@ def test_a_stream_is_the_whole_text(model):
 
 
 def test_a_decoder_with_experts_keeps_the_contract():
-    one = eqx.filter_jit(MoELM)(dataclasses.replace(CONFIG, layers=1), key=jax.random.PRNGKey(0))
-    report = contract.check(Decoder(one, 8), TOKENS[:4], key=jax.random.PRNGKey(0))
+    report = contract.check(
+        Decoder(drawn(dataclasses.replace(CONFIG, layers=1)), 8), TOKENS[:4], key=jax.random.PRNGKey(0)
+    )
     assert report.ok, str(report)
 
 
@@ -114,7 +122,8 @@ def test_choice_and_balance_by_hand():
     assert loads(route.expert, 3).tolist() == [0.5, 0.25, 0.25]
     # 3 (0.5 · 0.3 + 0.25 · 0.425 + 0.25 · 0.275)
     np.testing.assert_allclose(balance(logits, route.expert), 0.975, rtol=1e-5)
-    assert jnp.isfinite(jax.grad(lambda x: balance(x, choose(x, jnp.array([9])).expert))(logits)).all()
+    none = jax.jit(jax.grad(lambda x: choose(x, jnp.array([9, -1])).weight.sum()))(logits)
+    np.testing.assert_array_equal(none, 0)
 
 
 @pytest.mark.parametrize("tokens", [2, 300])
@@ -145,10 +154,12 @@ def test_stacked_experts_are_rounded_as_each_alone():
 
 @pytest.mark.parametrize("name", ["strong", "light"])
 def test_trained_weights_predict_text_they_have_not_seen(name, data):
-    """The last verses; and of the eight experts of each layer, none is idle."""
-    text = np.frombuffer(shakespeare().encode()[-16 * 128 :], np.uint8).reshape(16, 128).astype(np.int32)
+    """Pieces of the last tenth of the verse; and of the eight experts of each layer, none is idle."""
+    whole = np.frombuffer(shakespeare().encode(), np.uint8)
+    starts = np.linspace(len(whole) * 9 // 10, len(whole) - 128, 32).astype(int)
+    text = whole[starts[:, None] + np.arange(128)].astype(np.int32)
     logits, router = routed(load(name), jnp.asarray(text), BEST)
     share = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), text[:, 1:, None], -1)
-    assert -share.mean() / np.log(2) < 2.8
+    assert -share.mean() / np.log(2) < 2.6
     each = jax.vmap(lambda logits: loads(choose(logits, BEST).expert, 8))(router)
     assert each.min() > 0
