@@ -24,7 +24,7 @@ and `ranked` gives a cell that takes experts of other ranks:
 `load` gives trained weights (`training/moe_lm.py`): `"strong"`, whose experts were made to share the work evenly, and
 `"light"`, whose experts hardly were. Both read verse, Python and rows of a table of flights: held-out text at 2.4, 2.1
 and 1.1 bits a byte. Taken together, all experts have 0.09 to 0.16 of the work of their layer (strong) or 0.07 to 0.18
-(light), where 0.125 is even; of one kind of text alone, 0.004 to 0.4 in both, for experts come to know their kind.
+(light), where 0.125 is even; of one kind of text alone, 0.002 to 0.4 in both, for experts come to know their kind.
 """
 
 from dataclasses import dataclass
