@@ -3,6 +3,8 @@
 `training/<slug>.py` of the repository defines `train(key) -> (model, info)`. `info` is a dictionary of plain values
 that is kept with the weights; under `"data"` it lists the files that were read, as paths, whose contents are hashed.
 What a script generates itself needs no entry: it is fixed by the script and the key.
+
+A script with several sets of weights defines `train(key, name)`: the slug `<script>:<name>` is one of them.
 """
 
 import hashlib
@@ -27,23 +29,24 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
     """Run a training script and write its weights.
 
     Returns:
-        The path of `<slug>.safetensors` and its metadata: `info`, the seed, the hashes of script and data, the seconds
-        it took, versions and date.
+        The path of `<slug>.safetensors` (with `_` for `:`) and its metadata: `info`, the seed, the hashes of script and
+        data, the seconds it took, versions and date.
 
     Raises:
         LookupError: not inside a repository, or no such script.
     """
     scripts = catalog.repository() / "training"
-    script = scripts / f"{slug}.py"
+    stem, *name = slug.split(":", 1)
+    script = scripts / f"{stem}.py"
     if not script.is_file():
-        raise LookupError(f"no script {script}{catalog.did_you_mean(slug, [p.stem for p in scripts.glob('*.py')])}")
-    spec = importlib.util.spec_from_file_location(f"training.{slug}", script)
+        raise LookupError(f"no script {script}{catalog.did_you_mean(stem, [p.stem for p in scripts.glob('*.py')])}")
+    spec = importlib.util.spec_from_file_location(f"training.{stem}", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     start = time.perf_counter()
-    model, info = module.train(jax.random.PRNGKey(seed))
+    model, info = module.train(jax.random.PRNGKey(seed), *name)
     versions = {p: importlib.metadata.version(p) for p in ("anabranch", "jax", "equinox", "optax", "numpy")}
     meta = info | {
         "slug": slug,
@@ -55,7 +58,7 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
         "date": datetime.now(UTC).date().isoformat(),
     }
     WEIGHTS.mkdir(parents=True, exist_ok=True)
-    path = WEIGHTS / f"{slug}.safetensors"
+    path = _path(slug)
     state.save(path, eqx.filter(model, eqx.is_array), meta)
     return path, meta
 
@@ -67,10 +70,14 @@ def load(slug: str, model: M) -> M:
         FileNotFoundError: there are no such weights.
         anabranch.state.StateError: they are of another structure, shape or dtype.
     """
-    path = WEIGHTS / f"{slug}.safetensors"
+    path = _path(slug)
     if not path.is_file():
         raise FileNotFoundError(f"no weights {path}: write them with `anabranch train {slug}`")
     return eqx.combine(state.load(path, eqx.filter(model, eqx.is_array)), model)
+
+
+def _path(slug: str) -> Path:
+    return WEIGHTS / f"{slug.replace(':', '_')}.safetensors"
 
 
 def _hash(file: Path) -> str:

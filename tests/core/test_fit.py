@@ -200,11 +200,11 @@ SCRIPT = """
 import equinox as eqx, jax, jax.numpy as jnp, optax
 from anabranch.fit import fit
 
-def train(key):
+def train(key, name="whole"):
     x = jnp.linspace(-1, 1, 32)[:, None]
     loss = lambda m, batch, key: jnp.mean((jax.vmap(m)(batch) - 2 * batch) ** 2)
     model, history = fit(loss, eqx.nn.MLP(1, 1, 4, 0, key=key), x, optax.sgd(0.5), 50, key=key)
-    return model, {"final": float(history["loss"][-1]), "data": ["numbers.csv"]}
+    return model, {"final": float(history["loss"][-1]), "data": ["numbers.csv"], "name": name}
 """
 
 
@@ -225,6 +225,10 @@ def test_recorded_training(tmp_path, monkeypatch):
     assert float(model(jnp.ones(1))[0]) == pytest.approx(2.0, abs=0.05)
     with pytest.raises(state.StateError):
         training.load("line", eqx.nn.MLP(1, 2, 4, 0, key=KEY))
+    path, named = training.train("line:steep")
+    assert path.name == "line_steep.safetensors" and named["slug"] == "line:steep"
+    assert (meta["name"], named["name"]) == ("whole", "steep")
+    jax.tree.map(np.testing.assert_array_equal, training.load("line:steep", model), model)
     with pytest.raises(LookupError, match="did you mean line"):
         training.train("lines")
     with pytest.raises(FileNotFoundError, match="anabranch train lines"):

@@ -5,11 +5,22 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from anabranch.cell import Feedback, Maybe
-from anabranch.keep.base import requests
-from anabranch.keep.caching_multiplexing import LEC, Always, CachedMultiplexer, Multiplexer, Query, optimum
+from anabranch.cell import Feedback, Learner, Maybe
+from anabranch.keep.base import LRU, requests
+from anabranch.keep.caching_multiplexing import (
+    LEC,
+    Always,
+    CachedMultiplexer,
+    Multiplexer,
+    Query,
+    Selector,
+    Similar,
+    optimum,
+)
+from anabranch.learn.linear import LogisticRegression
 
 SMALL, LARGE = 0, 1
 N, L, ROUNDS = 20, 8, 3000
@@ -266,8 +277,80 @@ def test_exploration_draws_the_announced_share():
     assert 0.15 < np.mean(actions) < 0.25
 
 
+class Oracle(Learner):
+    """Whose score is the feature itself; it counts what it is told."""
+
+    def init(self, *, key=None):
+        return jnp.int32(0)
+
+    def predict(self, state, x):
+        return x
+
+    def learn(self, state, x, target, weight=1.0):
+        return state + 1
+
+
+def test_selector_asks_the_small_model_from_where_it_breaks_even():
+    """1 + (1 - p) 2 · 10 exceeds 10 where p < 0.55; a threshold that is said stands for itself."""
+    router = Selector(Oracle())
+    state, decision = router.act(router.init(), jnp.float32(0.1))
+    assert int(decision.action) == SMALL  # nothing is known of the large model
+    state = router.learn(state, jnp.float32(0.1), decision, feedback(1, 10, False))
+    assert [int(router.act(state, jnp.float32(p))[1].action) for p in (0.54, 0.56)] == [LARGE, SMALL]
+    strict = Selector(Oracle(), threshold=0.8)
+    assert [int(strict.act(state, jnp.float32(p))[1].action) for p in (0.79, 0.81)] == [LARGE, SMALL]
+    _, large = router.act(state, jnp.float32(0.1))
+    after = router.learn(state, jnp.float32(0.1), large, feedback(np.nan, 20, False))
+    assert int(after.scorer) == 1  # the small model said nothing that could be judged
+    np.testing.assert_allclose(after.c, [1, 15])
+    assert after.nc.tolist() == [1, 2]
+
+
+def test_selector_judges_queries_that_never_came_before():
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(3000, 3)), jnp.float32)
+    success = jnp.asarray(draw.uniform(size=3000) < 1 / (1 + np.exp(-6 * np.asarray(x[:, 0]))))
+    costs = jnp.array([1.0, 10.0])
+
+    def run(router):
+        def step(state, event):
+            state, decision = router.act(state, event[0])
+            state = router.learn(state, event[0], decision, Feedback(0.0, costs, info=event[1]))
+            return state, jnp.where(decision.action == SMALL, 1 + jnp.where(event[1], 0, 20), 10)
+
+        return float(jax.jit(lambda xs: jax.lax.scan(step, router.init(), xs)[1])((x, success))[1000:].mean())
+
+    scored = {e: run(Selector(LogisticRegression(3, optax.sgd(0.1)), explore=e)) for e in (0.0, 0.02)}
+    assert max(scored.values()) < 0.75 * min(10.0, float((1 + 20 * ~success).mean()))
+
+
+def test_similar_queries_share_a_key_and_so_an_answer():
+    draw = np.random.default_rng(0)
+    meant = draw.integers(0, 12, 600)
+    words = draw.normal(size=(12, 32))[meant] + 0.15 * draw.normal(size=(600, 32))
+    names = Similar(32, rows=12)
+    keys = np.asarray(jax.jit(lambda xs: names.advance(names.init(), xs)[1])(jnp.asarray(words, jnp.float32)))
+    order = list(dict.fromkeys(meant.tolist()))
+    np.testing.assert_array_equal(keys, [1 + order.index(m) for m in meant.tolist()])
+    hits = [np.asarray(LRU(5).offline(requests(k)).hit) for k in (keys, meant)]
+    np.testing.assert_array_equal(*hits)
+
+
+def test_a_query_that_was_not_meant_for_the_longest_is_forgotten():
+    names = Similar(2, rows=2, threshold=1.0)
+    a, b, c, zero = jnp.array([1.0, 0]), jnp.array([0, 2.0]), jnp.array([1.0, 1.0]), jnp.zeros(2)
+    _, keys = names.advance(names.init(), jnp.stack([a, b, 3 * a, c, a, b, zero, zero]))
+    assert keys.tolist() == [1, 2, 1, 3, 1, 4, 5, 6]  # c takes the place of b, then b that of c
+
+
 def test_bad_input_is_named():
     for make, message in (
+        (lambda: Selector(Oracle(), penalty=-1.0), r"penalty.*-1"),
+        (lambda: Selector(Oracle(), threshold=2.0), r"threshold.*2"),
+        (lambda: Selector(Oracle(), explore=-0.1), r"explore.*-0\.1"),
+        (lambda: Similar(0, rows=1), r"dim.*0"),
+        (lambda: Similar(2, rows=0), r"rows.*0"),
+        (lambda: Similar(2, rows=1, threshold=0.0), r"threshold.*0"),
         (lambda: LEC(0), r"capacity.*0"),
         (lambda: LEC(4, rows=4), r"rows.*4"),
         (lambda: LEC(4, decay=0.0), r"decay.*0"),
@@ -282,16 +365,18 @@ def test_bad_input_is_named():
             make()
 
 
-@pytest.mark.parametrize("name", ["joint", "multiplexer"])
+@pytest.mark.parametrize("name", ["joint", "multiplexer", "selector", "similar"])
 def test_contract(name):
     from anabranch.contract import check
 
     q, cost, success, _ = synthetic("normal", rounds=40)
     if name == "joint":
         cell, xs = CachedMultiplexer(LEC(4, decay=0.99), Multiplexer(explore=0.1)), queries(q, cost, success)
+    elif name == "similar":
+        cell, xs = Similar(2, rows=8), jnp.asarray(cost, jnp.float32)
     else:
-        cell = Multiplexer(rows=8)
-        key = requests(q).key
+        cell = Multiplexer(rows=8) if name == "multiplexer" else Selector(LogisticRegression(2, optax.sgd(0.1)))
+        key = requests(q).key if name == "multiplexer" else jnp.asarray(cost, jnp.float32) / 100
         _, decision = jax.vmap(lambda k: cell.act(cell.init(), k))(key)
         outcome = Feedback(jnp.zeros(40), jnp.asarray(cost, jnp.float32), info=jnp.asarray(success),
                            terminal=jnp.zeros(40, bool), truncated=jnp.zeros(40, bool))  # fmt: skip

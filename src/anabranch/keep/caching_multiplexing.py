@@ -20,23 +20,30 @@ its cost. A hit costs nothing. The stream is one `Query` a step, the state a tab
 The first miss on `hard` fails on the small model (1 + 2·10) and shows that its answer is the one to keep; `easy`,
 though as frequent in the end, is refused: it costs 1 a time.
 
+`Multiplexer` knows queries by their key. `Selector` knows their features, and so judges those that it has never seen.
+`Similar` makes one key of queries in other words.
+
 What is bounded here and not in the paper: the table. It tracks `rows` queries, those in the cache always among them; a
 query that is not tracked takes the row of the least frequent one outside of the cache and starts from zero.
 Answers are reused as they are: do so only for models that answer the same query alike (temperature 0).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from anabranch.cell import Cell, Decision, Feedback, Policy, noise
-from anabranch.keep.base import GDSF, Access, Cache, Request, first, smallest
+from anabranch.cell import Cell, Decision, Feedback, Learner, Policy, State, noise, select
+from anabranch.keep.base import GDSF
+from anabranch.keep.queries import LEC, Similar, Table
 
-__all__ = ["GDSF", "LEC", "Always", "CachedMultiplexer", "Multiplexer", "Query", "Served", "Table", "optimum"]
+__all__ = [
+    "GDSF", "LEC", "Always", "CachedMultiplexer", "Multiplexer", "Query", "Selector", "Served", "Similar", "Table",
+    "optimum",
+]  # fmt: skip
 
 SMALL, LARGE = 0, 1
 """The two models."""
@@ -65,114 +72,6 @@ class Served(NamedTuple):
     slot: Int[Array, ""]
     evicted: UInt32[Array, ""]
     admitted: Bool[Array, ""]
-
-
-class Table(NamedTuple):
-    """What is known of M queries. Where there is a cache of C, the first C rows are its slots."""
-
-    key: UInt32[Array, " M"]
-    n: Float[Array, " M"]
-    """Requests, hits included; 0: the row is empty. All are halved when one reaches 2^23: float32 counts to 2^24."""
-    c: Float[Array, "M 2"]
-    """Mean cost of sending the query to each model first."""
-    nc: Int[Array, "M 2"]
-    """Observations of that cost; 0: unknown, and `c` says nothing."""
-    last: Int[Array, " M"]
-    """The clock at the last request."""
-    clock: Int[Array, ""]
-    rng: UInt32[Array, " 2"]
-
-    @classmethod
-    def empty(cls, rows: int, key: PRNGKeyArray | None = None) -> "Table":
-        i, rng = jnp.zeros(rows, jnp.int32), jax.random.PRNGKey(0) if key is None else key
-        ii = jnp.zeros((rows, 2), jnp.int32)
-        return cls(i.astype(jnp.uint32), i.astype(jnp.float32), ii.astype(jnp.float32), ii, i, jnp.int32(0), rng)
-
-    def find(self, key: UInt32[Array, ""]) -> Int[Array, ""]:
-        """The row of a query; M if it is not tracked."""
-        return first((self.n > 0) & (self.key == key))
-
-    def track(self, key: UInt32[Array, ""], kept: int, decay: float = 1.0) -> tuple["Table", Int[Array, ""]]:
-        """Count one request. A new query takes the least frequent row from `kept` on, of several the oldest."""
-        row = self.find(key)
-        new = row == len(self.key)
-        spare = kept + smallest(jnp.ones_like(self.n[kept:], bool), self.n[kept:], (self.last - self.clock)[kept:])
-        row = jnp.where(new, spare, row)
-        n = self.n.at[row].set(jnp.where(new, 0, self.n[row]))
-        if decay < 1:  # an entry that fades below the smallest normal number would look empty
-            n = jnp.where(n > 0, jnp.maximum(n * decay, jnp.finfo(jnp.float32).tiny), 0)
-        n = n.at[row].add(1)
-        n = n * jnp.where(n[row] >= 2**23, 0.5, 1.0)
-        return self._replace(
-            key=self.key.at[row].set(key),
-            n=n,
-            c=self.c.at[row].set(jnp.where(new, 0, self.c[row])),
-            nc=self.nc.at[row].set(jnp.where(new, 0, self.nc[row])),
-            last=self.last.at[row].set(self.clock),
-            clock=self.clock + 1,
-        ), row
-
-    def observe(
-        self, row: Int[Array, ""], cost: Float[Array, " 2"], seen: Bool[Array, " 2"], rate: float = 0.0
-    ) -> "Table":
-        """Take observed costs into the means; from 1/rate observations on, older ones fade."""
-        nc = self.nc[row] + seen
-        gain = jnp.where(seen, jnp.maximum(1 / jnp.maximum(nc, 1), rate), 0)
-        c = jnp.where(seen, self.c[row] + gain * (cost - self.c[row]), self.c[row])
-        return self._replace(c=self.c.at[row].set(c), nc=self.nc.at[row].set(nc))
-
-    def admit(
-        self, row: Int[Array, ""], weight: Float[Array, " C"], newcomer: Float[Array, ""]
-    ) -> tuple["Table", Access]:
-        """Put the query of `row` into the cache if there is room, or if it weighs more than the lightest entry."""
-        capacity = len(weight)
-        weight = jnp.where(self.n[:capacity] > 0, weight, -jnp.inf)
-        hit, victim = row < capacity, jnp.argmin(weight).astype(jnp.int32)
-        put = ~hit & (newcomer > weight[victim])  # equal weights: who is in stays in
-        into = jnp.where(put, victim, row)
-        swapped = {name: getattr(self, name) for name in ("key", "n", "c", "nc", "last")}
-        swapped = {name: leaf.at[row].set(leaf[into]).at[into].set(leaf[row]) for name, leaf in swapped.items()}
-        evicted = jnp.where(put & (self.n[victim] > 0), self.key[victim], 0)
-        return self._replace(**swapped), Access(hit, jnp.where(hit | put, into, -1), evicted, put)
-
-
-class LEC(Cache):
-    """Least expected cost: keeps the queries with the largest frequency times mean cost of a miss.
-
-    A newcomer that weighs less than everything in the cache is refused. Frequencies count all requests of a tracked
-    query, in the cache or not. The cost of a cached query cannot be seen and keeps its last mean: where costs or
-    popularity drift, let the past fade with `decay` < 1. One size for all.
-
-        >>> from anabranch.keep.base import requests
-        >>> state, seen = LEC(1).advance(LEC(1).init(), requests([1, 2, 1, 2], cost=[10, 1, 10, 1]))
-        >>> seen.hit.tolist()
-        [False, False, True, False]
-
-    Raises:
-        ValueError: `rows` does not exceed the capacity; `decay` is outside of (0, 1].
-    """
-
-    rows: int = 0
-    """How many queries are tracked, M; 0: four times the capacity."""
-    decay: float = 1.0
-    """By what a count shrinks with every request. Mean costs forget at the same rate, by their own observations."""
-
-    def __check_init__(self):
-        if self.rows and self.rows <= self.capacity:
-            raise ValueError(f"rows must exceed the capacity {self.capacity}, got {self.rows}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
-
-    def init(self, *, key: PRNGKeyArray | None = None) -> Table:
-        return Table.empty(self.rows or 4 * self.capacity, key)
-
-    def step(self, state: Table, x: Request) -> tuple[Table, Access]:
-        state, row = state.track(jnp.asarray(x.key, jnp.uint32), self.capacity, self.decay)
-        miss = row >= self.capacity
-        cost, seen = jnp.full(2, x.cost, jnp.float32), miss & jnp.array([True, False])
-        state = state.observe(row, cost, seen, 1 - self.decay)
-        kept = slice(self.capacity)
-        return state.admit(row, state.n[kept] * state.c[kept, 0], state.n[row] * state.c[row, 0])
 
 
 class Multiplexer(Policy):
@@ -205,10 +104,7 @@ class Multiplexer(Policy):
     def __check_init__(self):
         if self.rows < 1:
             raise ValueError(f"rows must be positive, got {self.rows}")
-        if not (self.penalty >= 0 and math.isfinite(self.penalty)):
-            raise ValueError(f"penalty must be finite and not negative, got {self.penalty}")
-        if not 0 <= self.explore <= 1:
-            raise ValueError(f"explore must be in [0, 1], got {self.explore}")
+        _check(self.penalty, self.explore)
 
     def init(self, *, key: PRNGKeyArray | None = None) -> Table:
         return Table.empty(self.rows, key)
@@ -225,13 +121,7 @@ class Multiplexer(Policy):
 
     def choose(self, state: Table, row: Int[Array, ""]) -> Decision:
         """The model for the query of `row`."""
-        best = self.best(state.c[row], state.nc[row])
-        if not self.explore:
-            return Decision(best)
-        rng = noise(state.rng, state.clock, "explore")
-        try_, coin = jax.random.uniform(rng, (2,))
-        action = jnp.where(try_ < self.explore, (coin < 0.5).astype(jnp.int32), best)
-        return Decision(action, jnp.log(self.explore / 2 + (1 - self.explore) * (action == best)))
+        return _tried(self.best(state.c[row], state.nc[row]), self.explore, state.rng, state.clock)
 
     def charge(
         self, model: Int[Array, ""], cost: Float[Array, " 2"], success: Bool[Array, ""]
@@ -248,6 +138,94 @@ class Multiplexer(Policy):
     def learn(self, state: Table, x: UInt32[Array, ""], decision: Decision, feedback: Feedback) -> Table:
         row = state.find(jnp.asarray(x, jnp.uint32))  # no longer tracked: out of bounds, nothing is written
         return state.observe(row, *self.charge(decision.action, jnp.asarray(feedback.cost), feedback.info))
+
+
+class Selected(NamedTuple):
+    """What a `Selector` has learned."""
+
+    scorer: State
+    c: Float[Array, " 2"]
+    """Mean cost of each model alone."""
+    nc: Int[Array, " 2"]
+    clock: Int[Array, ""]
+    rng: UInt32[Array, " 2"]
+
+
+class Selector(Policy):
+    """Chooses the model by a learned score: the probability that the small one's answer will be good enough.
+
+    `act(state, x)` takes the features of a query, whatever the scorer takes; `learn` what `Multiplexer.learn` takes.
+    The scorer (in the paper a fine-tuned BERT) learns from every answer of the small model, and from no other: without
+    `explore`, a query that it scores low is never again asked of the small one. Before a cache, ask only on a miss, and
+    give the cache what was paid: `LEC.step(state, Request(key, cost=paid))`.
+
+        >>> from anabranch.learn.linear import LogisticRegression
+        >>> import optax
+        >>> router = Selector(LogisticRegression(1, optax.sgd(1.0)))
+        >>> state, hard = router.init(), jnp.array([1.0])
+        >>> for _ in range(5):
+        ...     state, decision = router.act(state, hard)
+        ...     failed = Feedback(reward=0.0, cost=jnp.array([1.0, 10.0]), info=jnp.array(False))
+        ...     state = router.learn(state, hard, decision, failed)
+        >>> [int(router.act(state, x)[1].action) for x in (hard, -hard)]
+        [1, 0]
+
+    Raises:
+        ValueError: `penalty` is negative; `threshold` or `explore` is outside of [0, 1].
+    """
+
+    scorer: Learner
+    """Predicts a probability from the features; its target is whether the small model succeeded."""
+    penalty: float = 2.0
+    """How many times the large model's cost a failure of the small one adds."""
+    threshold: float | None = None
+    """The small model is asked from this score on. None: from where `C_s + (1 - score)·penalty·C_l` is at most `C_l`,
+    at their mean costs."""
+    explore: float = 0.0
+    """How often a random model is taken."""
+
+    def __check_init__(self):
+        _check(self.penalty, self.explore)
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
+
+    def init(self, *, key: PRNGKeyArray | None = None) -> Selected:
+        key = jax.random.PRNGKey(0) if key is None else key
+        return Selected(self.scorer.init(key=key), jnp.zeros(2), jnp.zeros(2, jnp.int32), jnp.int32(0), key)
+
+    def act(self, state: Selected, x: Any) -> tuple[Selected, Decision]:
+        score = self.scorer.predict(state.scorer, x)
+        if self.threshold is None:
+            small, large = state.c
+            dear = (state.nc > 0).all() & (small + (1 - score) * self.penalty * large > large)
+        else:
+            dear = score < self.threshold
+        decision = _tried(dear.astype(jnp.int32), self.explore, state.rng, state.clock)
+        return state._replace(clock=state.clock + 1), decision
+
+    def learn(self, state: Selected, x: Any, decision: Decision, feedback: Feedback) -> Selected:
+        ran = decision.action == SMALL
+        seen = jnp.stack([ran, ~ran | ~jnp.asarray(feedback.info, bool)])
+        nc = state.nc + seen
+        c = jnp.where(seen, state.c + (jnp.asarray(feedback.cost) - state.c) / jnp.maximum(nc, 1), state.c)
+        told = self.scorer.learn(state.scorer, x, jnp.asarray(feedback.info, jnp.int32))
+        return state._replace(scorer=select(ran, told, state.scorer), c=c, nc=nc)
+
+
+def _tried(best: Int[Array, ""], explore: float, rng: Array, clock: Array) -> Decision:
+    """The best model, or sometimes a random one."""
+    if not explore:
+        return Decision(best)
+    try_, coin = jax.random.uniform(noise(rng, clock, "explore"), (2,))
+    action = jnp.where(try_ < explore, (coin < 0.5).astype(jnp.int32), best)
+    return Decision(action, jnp.log(explore / 2 + (1 - explore) * (action == best)))
+
+
+def _check(penalty: float, explore: float):
+    if not (penalty >= 0 and math.isfinite(penalty)):
+        raise ValueError(f"penalty must be finite and not negative, got {penalty}")
+    if not 0 <= explore <= 1:
+        raise ValueError(f"explore must be in [0, 1], got {explore}")
 
 
 class Always(Multiplexer):

@@ -52,6 +52,22 @@ def library() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
+def domains(*, held_out: bool) -> dict[str, np.ndarray]:
+    """Bytes u8[n] of three kinds: verse, Python, and rows of the table of flights from New York.
+
+    The last tenth of each is held out: of the library, modules late in the alphabet.
+
+    Raises:
+        FileNotFoundError: if the verse or the flights are not there.
+    """
+    flights = data.flights()
+    rows = zip(*(flights[name][::20].to_pylist() for name in flights.column_names))
+    table = "\n".join(",".join("NA" if value is None else str(value) for value in row) for row in rows)
+    texts = {"shakespeare": shakespeare(), "library": library(), "flights": table}
+    whole = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    return {name: x[len(x) * 9 // 10 :] if held_out else x[: len(x) * 9 // 10] for name, x in whole.items()}
+
+
 class Fact(NamedTuple):
     """Something that is told once and asked for later."""
 

@@ -52,6 +52,6 @@ FINER = 254
 
 
 def quantise(linear: Linear) -> Int8Linear:
-    """Round weights to the nearest of 255 levels for each output."""
-    scale = jnp.maximum(jnp.abs(linear.w).max(0), 1e-30) / 127
-    return Int8Linear(jnp.round(linear.w / scale).astype(jnp.int8), scale, linear.b)
+    """Round weights to the nearest of 255 levels for each output; those of several matrices may be stacked."""
+    scale = jnp.maximum(jnp.abs(linear.w).max(-2), 1e-30) / 127
+    return Int8Linear(jnp.round(linear.w / scale[..., None, :]).astype(jnp.int8), scale, linear.b)

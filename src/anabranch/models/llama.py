@@ -188,6 +188,10 @@ class Block(eqx.Module):
     def __call__(self, h: Float[Array, "T d"]) -> Float[Array, "T d"]:
         return self.close(h, self.attend(*self.qkv(h, jnp.arange(len(h)))))
 
+    def layer(self) -> "Layer":
+        """The block arranged for decoding."""
+        return Layer.of(self)
+
 
 def _linear(x: Float[Array, "T in"], w: Float[Array, "out in"], b: Float[Array, " out"] | None) -> Array:
     return x @ w.T if b is None else x @ w.T + b
@@ -204,14 +208,14 @@ class Llama(eqx.Module):
     """Makes the logits where they are not tied to the embedding."""
     config: Config = eqx.field(static=True)
 
-    def __init__(self, config: Config, *, key: PRNGKeyArray):
-        """Random weights."""
+    def __init__(self, config: Config, *, key: PRNGKeyArray, block: type[Block] = Block):
+        """Random weights, in blocks of this kind."""
         self.config = config
         shape = (config.vocab, config.width)
         self.embedding = 0.02 * jax.random.normal(noise(key, 0, "embedding"), shape)
         self.own_head = None if config.tied else 0.02 * jax.random.normal(noise(key, 0, "head"), shape)
         keys = jax.vmap(lambda i: noise(key, i, "block"))(jnp.arange(config.layers))
-        self.blocks = eqx.filter_vmap(lambda key: Block.random(config, key))(keys)
+        self.blocks = eqx.filter_vmap(lambda key: block.random(config, key))(keys)
         self.norm = jnp.ones(config.width)
 
     @property
@@ -241,7 +245,7 @@ class Layer(eqx.Module):
 
     @classmethod
     def of(cls, block: Block) -> "Layer":
-        side = lambda *ws: Linear(jnp.concatenate(ws).T)
+        side = lambda *ws: Linear(jnp.concatenate(ws, -2).swapaxes(-1, -2))
         qkv = side(block.wq, block.wk, block.wv)
         if block.bq is not None and block.bk is not None and block.bv is not None:
             qkv = Linear(qkv.w, jnp.concatenate([block.bq, block.bk, block.bv]))
@@ -252,14 +256,22 @@ class Layer(eqx.Module):
 
     def __call__(self, h: Float[Array, "T d"], positions: Int[Array, " T"], extend: Any) -> tuple[Array, Any]:
         """The output of the layer for tokens at these positions, and its memory: see `layers.kv` for `extend`."""
+        h, memory = self.attend(h, positions, extend)
+        return h + self.mlp(h), memory
+
+    def attend(self, h: Float[Array, "T d"], positions: Int[Array, " T"], extend: Any) -> tuple[Array, Any]:
+        """The first half of the layer: its input with what attention adds, and its memory."""
         config = self.config
         x = self.qkv(rms_norm(h, self.attention_norm, config.eps)).reshape(len(h), -1, config.head_width)
         q, k, v = jnp.split(x, [config.heads, config.heads + config.kv_heads], axis=1)
         rotate = lambda x, at: rope(x, at, config.frequencies)
         attended, memory = extend(q, k, v, positions, rotate)
-        h = h + self.out(attended)
-        gate, up = jnp.split(self.gate_up(rms_norm(h, self.mlp_norm, config.eps)), 2, -1)
-        return h + self.down(jax.nn.silu(gate) * up), memory
+        return h + self.out(attended), memory
+
+    def mlp(self, h: Float[Array, "T d"]) -> Float[Array, "T d"]:
+        """What the MLP adds."""
+        gate, up = jnp.split(self.gate_up(rms_norm(h, self.mlp_norm, self.config.eps)), 2, -1)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Session(NamedTuple):
@@ -292,7 +304,7 @@ class Decoder(Cell):
     def __init__(self, model: Llama, size: int = 0, *, keep: Keeper | None = None):
         self.keep = Room(size) if keep is None else keep
         blocks = [jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers)]
-        self.layers = tuple(Layer.of(block) for block in blocks)
+        self.layers = tuple(block.layer() for block in blocks)
         self.embedding, self.norm, self.head = model.embedding, model.norm, Linear(model.head.T)
         self.config = model.config
 
