@@ -29,10 +29,10 @@ from anabranch.models.llama import Decoder, int8, rms_norm
 from anabranch.models.tokens import Tokens
 from anabranch.models.weights import smollm2, smollm2_file
 
-ROUNDS, STREAMS, PROMPT, SAID = 4, 64, 64, 96
+ROUNDS, STREAMS, PROMPT, SAID = 10, 64, 64, 96
 EXITS = (15, 20, 25)
 FREQUENT, HIDDEN = 8192, 1024
-BATCH, STEPS = 8, 250
+BATCH, STEPS = 8, 400
 
 
 def think(target: Decoder, memory: Any, xs: Int[Array, " T"], start: Array) -> tuple[Any, Float[Array, "exits+1 T d"]]:

@@ -245,13 +245,13 @@ class Layer(eqx.Module):
 
     @classmethod
     def of(cls, block: Block) -> "Layer":
-        side = lambda *ws: Linear(jnp.concatenate(ws, -2).swapaxes(-1, -2))
+        side = lambda *ws, calm=False: Linear(jnp.concatenate(ws, -2).swapaxes(-1, -2), calm=calm)
         qkv = side(block.wq, block.wk, block.wv)
         if block.bq is not None and block.bk is not None and block.bv is not None:
             qkv = Linear(qkv.w, jnp.concatenate([block.bq, block.bk, block.bv]))
         return cls(
-            block.attention_norm, qkv, side(block.wo), block.mlp_norm, side(block.gate, block.up), side(block.down),
-            block.config,
+            block.attention_norm, qkv, side(block.wo, calm=True), block.mlp_norm, side(block.gate, block.up, calm=True),
+            side(block.down), block.config,
         )  # fmt: skip
 
     def __call__(self, h: Float[Array, "T d"], positions: Int[Array, " T"], extend: Any) -> tuple[Array, Any]:
