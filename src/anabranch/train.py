@@ -3,11 +3,15 @@
 `training/<slug>.py` of the repository defines `train(key) -> (model, info)`. `info` is a dictionary of plain values
 that is kept with the weights; under `"data"` it lists the files that were read, as paths, whose contents are hashed.
 What a script generates itself needs no entry: it is fixed by the script and the key.
+
+A script of several stages may also take `start`, the path of weights that it wrote when it had fewer of them, and go on
+from there. What made those is then told as well, under `"start"`.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import platform
 import time
 from datetime import UTC, datetime
@@ -23,8 +27,8 @@ M = TypeVar("M")
 WEIGHTS = Path(__file__).parent / "models" / "weights"
 
 
-def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
-    """Run a training script and write its weights.
+def train(slug: str, seed: int = 0, start: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Run a training script and write its weights, from the beginning or from those in the file `start`.
 
     Returns:
         The path of `<slug>.safetensors` and its metadata: `info`, the seed, the hashes of script and data, the seconds
@@ -32,6 +36,7 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         LookupError: not inside a repository, or no such script.
+        ValueError: the script cannot go on from `start`.
     """
     scripts = catalog.repository() / "training"
     script = scripts / f"{slug}.py"
@@ -42,15 +47,22 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    start = time.perf_counter()
-    model, info = module.train(jax.random.PRNGKey(seed))
+    if start is not None and "start" not in inspect.signature(module.train).parameters:
+        raise ValueError(f"{script} always trains from the beginning, got start={start}")
+    begin, key = time.perf_counter(), jax.random.PRNGKey(seed)
+    if start is None:
+        model, info = module.train(key)
+    else:
+        before = {"sha256": _hash(start)} | state.read_meta(start)
+        model, info = module.train(key, start=start)
+        info |= {"start": before}
     versions = {p: importlib.metadata.version(p) for p in ("anabranch", "jax", "equinox", "optax", "numpy")}
     meta = info | {
         "slug": slug,
         "seed": seed,
         "script": _hash(script),
         "data": {Path(file).name: _hash(Path(file)) for file in info.get("data", ())},
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - begin, 1),
         "versions": {"python": platform.python_version()} | versions,
         "date": datetime.now(UTC).date().isoformat(),
     }
