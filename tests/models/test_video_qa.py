@@ -1,5 +1,6 @@
 """The small model of streaming video, and its world."""
 
+import dataclasses
 import itertools
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import pytest
 from anabranch import contract
 from anabranch.keep.memory import Window
 from anabranch.keep.video import whole
+from anabranch.models import video_qa
 from anabranch.models.video_qa import (
     ALERT,
     BACK,
@@ -80,6 +82,20 @@ def test_a_stream_with_a_memory_for_all_is_the_whole_clip(model, stream, compact
         if t == 8:
             state, logits = tell(watcher, state, ROUNDS[2])
             np.testing.assert_allclose(logits, spoken[2], atol=1e-4)
+
+
+def test_a_frame_that_counts_for_those_left_out(stream, monkeypatch):
+    """In one layer a frame is to those that follow what so many of it are; its own tokens see it once."""
+    monkeypatch.setattr(video_qa, "PIECE", 2)  # more pieces than one, and one that is not whole
+    one = eqx.filter_jit(VideoQA)(dataclasses.replace(SMALL, layers=1), key=KEY)
+    at, kept, stride = jnp.array([-1, 1, 2]), jnp.array([True, False, True]), jnp.array([0, 1, 2])
+    said, spoken = eqx.filter_jit(one)(stream.frames[:3], ROUNDS, at, kept, stride, times=jnp.array([3, 2, 1]))
+    which = np.array([0, 0, 0, 1, 1, 2])  # the copies stand at the same tick
+    often = stream.frames[which], ROUNDS, jnp.array([-1, 3, 5]), kept, jnp.array([0, 0, 0, 1, 0, 2])
+    many, told = eqx.filter_jit(one)(*often)
+    first = np.array([0, 3, 5])
+    np.testing.assert_allclose(said, many[first], atol=1e-4)
+    np.testing.assert_allclose(spoken, told, atol=1e-4)
 
 
 def test_contract(model, stream):
