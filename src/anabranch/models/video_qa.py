@@ -23,10 +23,11 @@ y and x of a patch are 1 to 4, and those of text are 0. A memory (`keep.memory.H
 of each slot in `position` and (y, x) in `place`, so that the slots of a frame are those of one position, and text is
 where the place is (0, 0). Where a memory is `compact`, ticks of which nothing is left close ranks.
 
-`load()` gives the trained weights (`training/video_qa.py`), which were never shown more than 64 frames at once; those of
-the last stages were taken out of streams of up to 256. Asked at the end of streams of other handwriting, and remembering
-all, they name 97 % of digits that are there after 64 frames and after 192, and 95 and 94 % of those a scene ago, 89 and
-87 % of those three scenes ago; they find 90 % of quadrants, and count 92 and 73 % right (`keep.video.gate`).
+`load()` gives the trained weights (`training/video_qa.py`), which were never shown more than 64 frames at once; in the
+last stages these were taken out of streams three or four times as long. Asked at the end of streams of 64 and of 192
+frames of other handwriting, and remembering all, they name 97 and 98 % of digits that are there, 95 and 94 % of those a
+scene ago and 89 and 87 % of those three scenes ago, find 90 % of quadrants, and count 92 and 73 % right
+(`keep.video.gate`).
 """
 
 import itertools
