@@ -81,6 +81,7 @@ STAGES = (
     Stage(64, (2, 24), 16, 4, 4, 24, 300, 1e-3, 0.3),
     Stage(64, (8, 24), 4, 4, 8, 32, 360, 1e-3, 0.3, thin=7),
     Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
+    Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
 )
 MIDDLE = jnp.array([5, 6, 9, 10])
 KINDS = jnp.array([DIGIT, WHERE, BACK, BACK, FIRST, COUNT, SEEN])
