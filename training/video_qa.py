@@ -1,15 +1,19 @@
 """Trains `models/video_qa.py` to watch streams of MNIST digits and answer questions about them.
 
 First the stem learns to read single frames. Then the model answers questions: about short clips with many scenes, of
-whose frames one patch is shown, then four, then all, and at last about clips of 64 frames. All questions about a clip
-are asked in one pass; a third of the clips has a standing alert, in a tenth the rounds stay. No part of a clip is ever
-forgotten. Half an hour or more on two quiet cores. Needs MNIST in the folder of data sets.
+whose frames one patch is shown, then four, then all, and then about clips of 64 frames. At last these are 64 frames out
+of up to 256, which bring as many scenes, as large ticks and as much to attend to as the longer clip would, so that the
+model bears 192 frames without ever being shown more than 64. All questions about a clip are asked in one pass; a third
+of the clips has a standing alert, in a tenth the rounds stay. No part of a clip is ever forgotten. Over an hour on two
+quiet cores; `anabranch train video_qa --from` weights of the first stages goes on with the others. Needs MNIST in the
+folder of data sets.
 """
 
 import dataclasses
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from anabranch import data, noise
+from anabranch import data, noise, state
 from anabranch.fit import fit
 from anabranch.keep.video import whole
 from anabranch.models.llama import rms_norm
@@ -40,6 +44,7 @@ from anabranch.models.video_qa import (
     WHERE,
     YES,
     Stem,
+    Stream,
     VideoQA,
     World,
     alerts,
@@ -63,6 +68,9 @@ class Stage(NamedTuple):
     rate: float
     hints: float
     """The weight of telling, from the middle of each layer, the digits of the scenes before."""
+    thin: int = 0
+    """If not 0, a clip is a longer one of which only some frames are shown: one in up to so many, on average between 1
+    and half of it. Each then counts as often as frames are left out after it, and itself."""
 
 
 STEM = 800
@@ -71,6 +79,9 @@ STAGES = (
     Stage(16, (1, 4), 4, 3, 16, 12, 1500, 2e-3, 0.5),
     Stage(24, (1, 8), 16, 4, 8, 16, 900, 1.5e-3, 0.3),
     Stage(64, (2, 24), 16, 4, 4, 24, 300, 1e-3, 0.3),
+    Stage(64, (8, 24), 4, 4, 8, 32, 360, 1e-3, 0.3, thin=7),
+    Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
+    Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
 )
 MIDDLE = jnp.array([5, 6, 9, 10])
 KINDS = jnp.array([DIGIT, WHERE, BACK, BACK, FIRST, COUNT, SEEN])
@@ -106,6 +117,7 @@ class Clip(NamedTuple):
     kept: Array
     stride: Array
     shown: Array
+    times: Array
     answer: Array
     weight: Array
     said: Array
@@ -122,6 +134,12 @@ class Taught(eqx.Module):
     heads: Float[Array, "3 d 10"]
 
 
+def thinned(stream: Stream, at: Int[Array, " F"]) -> Stream:
+    """Only those frames, which leave out no scene."""
+    stream = jax.tree.map(lambda x: x[at], stream)
+    return stream._replace(begun=jnp.arange(len(at)) - jnp.searchsorted(stream.scene, stream.scene))
+
+
 def clip(world: World, stage: Stage, key: PRNGKeyArray) -> Clip:
     """A clip with questions at random frames, a tenth of the clips with rounds that stay, a third with an alert.
 
@@ -130,7 +148,12 @@ def clip(world: World, stage: Stage, key: PRNGKeyArray) -> Clip:
     F, R = stage.frames, stage.rounds
     draw = lambda use, *shape: jax.random.uniform(noise(key, 0, use), shape)
     drift = jnp.where(draw("drifts") < 0.3, draw("drift"), 0.0)
-    stream = dataclasses.replace(world, drift=drift).stream(noise(key, 0, "stream"), F)
+    spread = 1 + jnp.floor(stage.thin * draw("spread") if stage.thin else 4 * draw("spread") ** 2)
+    stride = jnp.where(jnp.arange(F) > 0, 1 + jnp.floor(spread * draw("stride", F)), 0).astype(jnp.int32)
+    stream = dataclasses.replace(world, drift=drift).stream(noise(key, 0, "stream"), F * max(1, stage.thin))
+    times = jnp.ones(F, jnp.int32)
+    if stage.thin:
+        stream, times = thinned(stream, jnp.cumsum(stride)), jnp.append(stride[1:], 1)
     stays = (draw("stays") < 0.1) & (R <= F)
     kind = KINDS[jax.random.randint(noise(key, 0, "kinds"), (R,), 0, len(KINDS))]
     # One round in each R-th of the clip; before the first there is only the alert.
@@ -147,8 +170,6 @@ def clip(world: World, stage: Stage, key: PRNGKeyArray) -> Clip:
     first = lambda new, old: old.at[0].set(jnp.where(standing, new, old[0]))
     rounds, at, valid, answer = first(alert, rounds), first(-1, at), first(True, valid), first(SILENT, answer)
     kept = first(True, jnp.full(R, stays))
-    spread = 1 + jnp.floor(4 * draw("spread") ** 2)
-    stride = jnp.where(jnp.arange(F) > 0, 1 + jnp.floor(spread * draw("stride", F)), 0).astype(jnp.int32)
     said = jnp.where(standing, alerts(stream, c), SILENT)
     y, x = jnp.unstack(patch(stream.centre), axis=-1)
     centre = GRID * y + x
@@ -157,12 +178,17 @@ def clip(world: World, stage: Stage, key: PRNGKeyArray) -> Clip:
     ago = jnp.where(before < 0, -1, stream.digit[jnp.searchsorted(stream.scene, before)])
     rounds, weight = rounds[:, : stage.words], valid.astype(jnp.float32)
     middle = jnp.argmax(shown == centre[:, None], 1)
-    return Clip(stream.frames, rounds, at, kept, stride, shown, answer, weight, said, ago, middle)
+    return Clip(stream.frames, rounds, at, kept, stride, shown, times, answer, weight, said, ago, middle)
+
+
+def shows(batch: Clip) -> tuple[Array, ...]:
+    """What the model takes."""
+    return batch.frames, batch.rounds, batch.at, batch.kept, batch.stride, batch.shown, batch.times
 
 
 def loss(taught: Taught, batch: Clip, key: PRNGKeyArray, *, hints: float) -> Float[Array, ""]:
-    model, shows = taught.model, (batch.frames, batch.rounds, batch.at, batch.kept, batch.stride, batch.shown)
-    seen, text = jax.vmap(model.hidden)(*shows)
+    model = taught.model
+    seen, text = jax.vmap(model.hidden)(*shows(batch))
     cross = optax.softmax_cross_entropy_with_integer_labels
     spoken = model.logits(text[:, -1])
     answers = (cross(spoken[:, :, 2], batch.answer) * batch.weight).sum() / batch.weight.sum()
@@ -190,27 +216,39 @@ def heard(model: VideoQA, world: World, streams: int) -> float:
     return float(np.mean([(said == told)[told == what].mean() for what in (SILENT, YES)]))
 
 
-def train(key: PRNGKeyArray) -> tuple[VideoQA, dict[str, Any]]:
-    """The model, and its accuracy on digits of other hands."""
-    start, log = time.time(), lambda *what: print(round(time.time() - start), *what, file=sys.stderr, flush=True)
-    world = World.of(held_out=False)
-    model = VideoQA(key=noise(key, 0, "weights"))
+def train(key: PRNGKeyArray, start: Path | None = None) -> tuple[VideoQA, dict[str, Any]]:
+    """The model, and its accuracy on digits of other hands; all stages, or those that the weights in a file lack.
+
+    Raises:
+        ValueError: if these did not come of the first of the stages.
+    """
+    begin, log = time.time(), lambda *what: print(round(time.time() - begin), *what, file=sys.stderr, flush=True)
+    world, model, done = World.of(held_out=False), VideoQA(key=noise(key, 0, "weights")), 0
     several = lambda make, key, i, n: jax.vmap(lambda j: make(noise(noise(key, i, "clip"), j)))(jnp.arange(n))
+    rate = lambda peak, steps: optax.warmup_cosine_decay_schedule(0, peak, steps // 10, steps)
+    adamw = lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
 
     def pictures(key: PRNGKeyArray, i: Array) -> tuple[Array, Array, Array]:
         one = dataclasses.replace(world, scene=(1, 1), drift=0.3)
         stream = several(lambda key: one.stream(key, 4), key, i, 32)
         return stream.frames.reshape(-1, SIDE, SIDE), stream.digit.reshape(-1), stream.centre.reshape(-1, 2)
 
-    rate = lambda peak, steps: optax.warmup_cosine_decay_schedule(0, peak, steps // 10, steps)
-    adamw = lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
-    reader = Reader(model.stem, eqx.nn.Linear(SIZES.width, 11, key=noise(key, 0, "head")))
-    reader, history = fit(stem_loss, reader, pictures, adamw(rate(3e-3, STEM)), STEM, key=noise(key, 0, "stem"))
-    log("stem", float(history["loss"][-50:].mean()))
-    heads = 0.1 * jax.random.normal(noise(key, 0, "heads"), (3, SIZES.width, 10))
-    taught = Taught(eqx.tree_at(lambda model: model.stem, model, reader.stem), heads)
+    if start is None:
+        reader = Reader(model.stem, eqx.nn.Linear(SIZES.width, 11, key=noise(key, 0, "head")))
+        reader, history = fit(stem_loss, reader, pictures, adamw(rate(3e-3, STEM)), STEM, key=noise(key, 0, "stem"))
+        log("stem", float(history["loss"][-50:].mean()))
+        heads = 0.1 * jax.random.normal(noise(key, 0, "heads"), (3, SIZES.width, 10))
+        taught = Taught(eqx.tree_at(lambda model: model.stem, model, reader.stem), heads)
+    else:
+        before = [Stage(**stage | {"scene": tuple(stage["scene"])}) for stage in state.read_meta(start)["stages"]]
+        done = len(before)
+        if tuple(before) != STAGES[:done]:
+            raise ValueError(f"the weights in {start} did not come of the first stages of this script, but of {before}")
+        model = eqx.combine(state.load(start, eqx.filter(model, eqx.is_array)), model)
+        # The heads are not in the file. As zeros they teach the model nothing before they have learnt something.
+        taught = Taught(model, jnp.zeros((3, SIZES.width, 10)))
 
-    for number, stage in enumerate(STAGES):
+    for number, stage in list(enumerate(STAGES))[done:]:
         mine, objective = dataclasses.replace(world, scene=stage.scene), partial(loss, hints=stage.hints)
 
         def batch(key: PRNGKeyArray, i: Array, mine: World = mine, stage: Stage = stage) -> Clip:
@@ -219,7 +257,7 @@ def train(key: PRNGKeyArray) -> tuple[VideoQA, dict[str, Any]]:
         def validate(taught: Taught, batch: Any = batch, objective: Any = objective) -> Float[Array, ""]:
             several = [batch(noise(key, 0, "validate"), jnp.int32(i)) for i in range(3)]
             some = jax.tree.map(lambda *x: jnp.concatenate(x), *several)
-            _, spoken = jax.vmap(taught.model)(some.frames, some.rounds, some.at, some.kept, some.stride, some.shown)
+            _, spoken = jax.vmap(taught.model)(*shows(some))
             right = (spoken[:, :, 2].argmax(-1) == some.answer) * some.weight
             value, kind, n = objective(taught, some, key), some.rounds[:, :, 0], some.rounds[:, :, 1]
             asks = [kind == k for k in (DIGIT, WHERE, FIRST, COUNT, SEEN)] + [

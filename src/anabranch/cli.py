@@ -426,12 +426,15 @@ def fetch(model: Annotated[str, typer.Argument(help="Which: smollm2 (98 MB).")])
 
 
 @app.command()
-def train(slug: _Slug) -> None:
+def train(
+    slug: _Slug,
+    start: Annotated[Path | None, typer.Option("--from", help="Weights of earlier stages, to go on from.")] = None,
+) -> None:
     """Run a recorded training script, and write its weights with the hashes of script and data."""
     from anabranch import train as training
 
     try:
-        path, meta = training.train(slug)
+        path, meta = training.train(slug, start=start)
     except (LookupError, ValueError, FileNotFoundError) as error:
         _fail(error)
     print(f"{path}\n{json.dumps(meta, indent=2, default=str)}")

@@ -5,11 +5,14 @@ that is kept with the weights; under `"data"` it lists the files that were read,
 What a script generates itself needs no entry: it is fixed by the script and the key.
 
 A script with several sets of weights defines `train(key, name)`: the slug `<script>:<name>` is one of them.
+A script of several stages may also take `start`, the path of weights that it wrote when it had fewer of them, and go on
+from there. What made those is then told as well, under `"start"`.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import platform
 import time
 from datetime import UTC, datetime
@@ -25,8 +28,8 @@ M = TypeVar("M")
 WEIGHTS = Path(__file__).parent / "models" / "weights"
 
 
-def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
-    """Run a training script and write its weights.
+def train(slug: str, seed: int = 0, start: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Run a training script and write its weights, from the beginning or from those in the file `start`.
 
     Returns:
         The path of `<slug>.safetensors` (with `_` for `:`) and its metadata: `info`, the seed, the hashes of script and
@@ -34,6 +37,7 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         LookupError: not inside a repository, or no such script.
+        ValueError: the script cannot go on from `start`.
     """
     scripts = catalog.repository() / "training"
     stem, *name = slug.split(":", 1)
@@ -45,15 +49,19 @@ def train(slug: str, seed: int = 0) -> tuple[Path, dict[str, Any]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    start = time.perf_counter()
-    model, info = module.train(jax.random.PRNGKey(seed), *name)
+    if start is not None and "start" not in inspect.signature(module.train).parameters:
+        raise ValueError(f"{script} always trains from the beginning, got start={start}")
+    begin, more = time.perf_counter(), {} if start is None else {"start": start}
+    model, info = module.train(jax.random.PRNGKey(seed), *name, **more)
+    if start is not None:
+        info |= {"start": {"sha256": _hash(start)} | state.read_meta(start)}
     versions = {p: importlib.metadata.version(p) for p in ("anabranch", "jax", "equinox", "optax", "numpy")}
     meta = info | {
         "slug": slug,
         "seed": seed,
         "script": _hash(script),
         "data": {Path(file).name: _hash(Path(file)) for file in info.get("data", ())},
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(time.perf_counter() - begin, 1),
         "versions": {"python": platform.python_version()} | versions,
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -225,6 +225,11 @@ def test_recorded_training(tmp_path, monkeypatch):
     assert float(model(jnp.ones(1))[0]) == pytest.approx(2.0, abs=0.05)
     with pytest.raises(state.StateError):
         training.load("line", eqx.nn.MLP(1, 2, 4, 0, key=KEY))
+    with pytest.raises(ValueError, match="always trains from the beginning"):
+        training.train("line", start=path)
+    (tmp_path / "training" / "line.py").write_text(SCRIPT.replace('"whole")', '"whole", start=None)'))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert training.train("line", start=path)[1]["start"] == meta | {"sha256": sha256}
     path, named = training.train("line:steep")
     assert path.name == "line_steep.safetensors" and named["slug"] == "line:steep"
     assert (meta["name"], named["name"]) == ("whole", "steep")

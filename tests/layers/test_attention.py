@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anabranch.cell import noise
-from anabranch.layers.attention import grouped_attention, merge_attention, partial_attention
+from anabranch.layers.attention import attend, grouped_attention, merge_attention, partial_attention
 from anabranch.models.llama import Block, Config
 
 KEY = jax.random.PRNGKey(0)
@@ -73,3 +73,18 @@ def test_a_group_of_requests_through_a_layer():
 
     alone, together = run(block, texts)
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_a_key_that_counts_several_times_is_as_if_it_were_there_so_often():
+    q, k, v, times = normal("q", 3, 4, 8), normal("k", 2, 5, 8), normal("v", 2, 5, 8), np.array([1, 3, 1, 2, 4])
+    visible = np.arange(5) < np.array([[5], [4], [2]])
+    often = [np.repeat(x, times, 1) for x in (k, v, visible)]
+
+    @jax.jit
+    def both(q):
+        n = len(q)
+        counted = attend(q, k, v, visible[:n], jnp.tile(jnp.asarray(times, jnp.float32), (n, 1)))
+        return counted, attend(q, *often[:2], often[2][:n])
+
+    for n in (3, 1):  # one query alone goes another way
+        np.testing.assert_allclose(*both(q[:n]), atol=1e-5)

@@ -10,7 +10,8 @@ import pytest
 
 from anabranch import contract
 from anabranch.keep.memory import Window
-from anabranch.keep.video import whole
+from anabranch.keep.video import NOW, gate, whole
+from anabranch.models import video_qa
 from anabranch.models.video_qa import (
     ALERT,
     BACK,
@@ -80,6 +81,20 @@ def test_a_stream_with_a_memory_for_all_is_the_whole_clip(model, stream, compact
         if t == 8:
             state, logits = tell(watcher, state, ROUNDS[2])
             np.testing.assert_allclose(logits, spoken[2], atol=1e-4)
+
+
+def test_a_frame_that_counts_for_those_left_out(model, stream, monkeypatch):
+    """In one layer a frame is to those that follow what so many of it are; its own tokens see it once."""
+    monkeypatch.setattr(video_qa, "PIECE", 2)  # more pieces than one, and one that is not whole
+    layer = jax.tree.map(lambda x: x[:1], model.llama.blocks)
+    one = eqx.filter_jit(eqx.tree_at(lambda m: m.llama.blocks, model, layer))
+    at, kept, stride = jnp.array([-1, 1, 2]), jnp.array([True, False, True]), jnp.array([0, 1, 2])
+    said, spoken = one(stream.frames[:3], ROUNDS, at, kept, stride, times=jnp.array([3, 2, 1]))
+    which = np.array([0, 0, 0, 1, 1, 2])  # copies stand at the same tick
+    monkeypatch.setattr(video_qa, "PIECE", 16)
+    many, told = one(stream.frames[which], ROUNDS, jnp.array([-1, 3, 5]), kept, jnp.array([0, 0, 0, 1, 0, 2]))
+    np.testing.assert_allclose(said, many[np.array([0, 3, 5])], atol=1e-4)
+    np.testing.assert_allclose(spoken, told, atol=1e-4)
 
 
 def test_contract(model, stream):
@@ -193,7 +208,14 @@ def test_bad_input_is_refused(model, world):
 
 
 def test_trained_weights_are_small_and_know_what_is_there_now(data):
-    """Handwriting that they were not trained on; what they know of the past is told by `keep.video.gate`."""
+    """Handwriting that they were not trained on."""
     assert (WEIGHTS / "video_qa.safetensors").stat().st_size < 3e6
     answers = whole(load(), World.of(held_out=True, scene=(2, 6)), 0, streams=20, frames=8)
     assert answers.pooled(("digit", "where")) > 0.8 and answers.table()["seen"] > 0.75
+
+
+def test_the_record_of_the_trained_weights_tells_what_they_know_of_the_past():
+    short, long = (gate()[f"{n} frames"] for n in (64, 192))
+    assert np.mean([short[kind] for kind in NOW]) >= 0.9
+    assert min(short[kind] for kind in ("back 1", "back 2", "back 3", "count", "seen")) >= 0.8
+    assert np.mean(list(long.values())) >= 0.75

@@ -15,15 +15,20 @@ def attend(
     k: Float[Array, "kv S D"],
     v: Float[Array, "kv S D"],
     visible: Bool[Array, "T S"],
+    times: Float[Array, "T S"] | None = None,
 ) -> Float[Array, "T heads*D"]:
-    """What each of T queries takes from the visible ones of S slots; `heads` queries share `kv` keys."""
+    """What each of T queries takes from the visible ones of S slots; `heads` queries share `kv` keys.
+
+    With `times`, a slot counts as if it were there so many times.
+    """
     T, heads, D = q.shape
     q = q.reshape(T, len(k), -1, D) * D**-0.5
+    more = jnp.zeros((T, 1)) if times is None else jnp.log(times)
     if T == 1:  # XLA's CPU backend has no fast product for one query a stream; as sums it reads the cache once
-        score = (q[0, :, :, None] * k[:, None]).sum(-1)
+        score = (q[0, :, :, None] * k[:, None]).sum(-1) + more[0]
         share = jax.nn.softmax(jnp.where(visible[0], score, -jnp.inf))
         return (share[..., None] * v[:, None]).sum(-2).reshape(1, heads * D)
-    score = jnp.einsum("tkgd,ksd->tkgs", q, k)
+    score = jnp.einsum("tkgd,ksd->tkgs", q, k) + more[:, None, None]
     share = jax.nn.softmax(jnp.where(visible[:, None, None], score, -jnp.inf))
     return jnp.einsum("tkgs,ksd->tkgd", share, v).reshape(T, heads * D)
 
