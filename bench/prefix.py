@@ -2,7 +2,7 @@
 
     anabranch fetch smollm2 && anabranch bench prefix
 
-Two servers of SmolLM2 in int8 in this process, which differ in `prefixes` alone, are asked in turns by the `openai`
+Two servers of SmolLM2 in this process, which differ in `prefixes` alone, are asked in turns by the `openai`
 client: a system prompt of about 500 tokens and one of many short questions, as a stream. Then four clients at a time.
 Answers must be the same. Reported: seconds to the first token, with the ratio turn by turn.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import openai
 import uvicorn
 
-from anabranch.models.llama import Decoder, int8
+from anabranch.models.llama import Decoder
 from anabranch.models.tokens import Tokens
 from anabranch.models.weights import smollm2, smollm2_file
 from anabranch.run.config import ServeConfig
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few requests; nothing is written")
     args = parser.parse_args()
-    text, model = Tokens.of(smollm2_file()), int8(Decoder(smollm2(), 768))
+    text, model = Tokens.of(smollm2_file()), Decoder(smollm2(), 768)
     system = "You help travellers. "
     while len(text.encode(system)) < 490:
         system += RULES[len(system) % len(RULES)]
