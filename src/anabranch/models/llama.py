@@ -395,8 +395,8 @@ class Decoder(Cell):
 def int8(model: M) -> M:
     """All matrices in int8: a quarter of the bytes. SmolLM2's perplexity is 0.5 % (code) to 1.1 % (verse) higher.
 
-    Inputs are rounded as well: what float sums in another order change by 1e-6 may round otherwise, so that a text read in
-    other pieces gets other logits, by as much as rounding changes them.
+    Inputs are rounded as well: what float sums in another order change by 1e-6 may round otherwise, so that a text read
+    in other pieces gets other logits, by as much as rounding changes them.
     """
     is_linear = lambda x: isinstance(x, Linear)
     return jax.tree.map(lambda x: quantise(x) if is_linear(x) else x, model, is_leaf=is_linear)
