@@ -126,7 +126,7 @@ class Frequent(eqx.Module):
         """Of this model, for these tokens."""
         head = target.head
         if isinstance(head, Int8Linear):
-            rows = Int8Linear(head.w[:, ids], head.scale[ids])
+            rows = Int8Linear(head.w[:, ids], head.sums[ids], head.scale[ids])
         else:
             rows = quantise(Linear(head.w[:, ids]))
         return cls(target.norm, rows, ids, target.config.vocab, target.config.eps)

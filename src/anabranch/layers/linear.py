@@ -10,8 +10,9 @@ True
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
+
+from anabranch.layers.dot import dot_int8
 
 
 class Linear(eqx.Module):
@@ -34,6 +35,8 @@ class Int8Linear(eqx.Module):
     """
 
     w: Int8[Array, "in out"]
+    sums: Int32[Array, " out"]
+    """Of w over its inputs."""
     scale: Float[Array, " out"]
     b: Float[Array, " out"] | None = None
 
@@ -42,7 +45,7 @@ class Int8Linear(eqx.Module):
         high = jnp.round(x / step)
         low = jnp.round((x / step - high) * FINER)
         rows = jnp.stack([high, low], axis=-2).astype(jnp.int8)
-        y = lax.dot_general(rows, self.w, (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+        y = dot_int8(rows, self.w, self.sums)
         y = (y[:, 0] + y[:, 1] / FINER) * (step * self.scale)
         return y if self.b is None else y + self.b
 
@@ -54,4 +57,5 @@ FINER = 254
 def quantise(linear: Linear) -> Int8Linear:
     """Round weights to the nearest of 255 levels for each output; those of several matrices may be stacked."""
     scale = jnp.maximum(jnp.abs(linear.w).max(-2), 1e-30) / 127
-    return Int8Linear(jnp.round(linear.w / scale[..., None, :]).astype(jnp.int8), scale, linear.b)
+    w = jnp.round(linear.w / scale[..., None, :]).astype(jnp.int8)
+    return Int8Linear(w, w.astype(jnp.int32).sum(-2), scale, linear.b)
