@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anabranch.schedule.baselines import FCFS, Chunked, prompts
+from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work
 from anabranch.schedule.scheduler import Engine, View
 from anabranch.schedule.serving import Result, simulate_serving
@@ -42,7 +42,7 @@ class Padded(FCFS):
     """Prompts that go together count as if each were as long as the longest."""
 
     def order(self, x: View) -> list[int]:
-        slots = prompts(x)
+        slots = x.prompts
         padded = np.maximum.accumulate(x.prompt[slots]) * np.arange(1, len(slots) + 1)
         return slots[: int((padded <= x.max_tokens).sum())]
 
@@ -52,10 +52,10 @@ OURS = {"vllm": Padded(), "sarathi": Chunked(chunk=CHUNK)}
 
 def fitted() -> Fitted:
     """The times of a roofline, by the formula that both sides use."""
-    cost, none = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"]), np.zeros(1, np.int64)
-    prefills = [(n, cost.iteration(Work(np.array([n]), none))) for n in (128, 512, 1024, 2048, 4096)]
+    cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
+    prefills = [(n, cost.iteration(Work.of([n], [0]))) for n in (128, 512, 1024, 2048, 4096)]
     sizes = [(n, context) for n in (1, 8, 32, 64) for context in (256, 1024, 4096)]
-    decodes = [(n, n * context, cost.iteration(Work(decode=np.full(n, context)))) for n, context in sizes]
+    decodes = [(n, n * context, cost.iteration(Work.of(decode=[context] * n))) for n, context in sizes]
     return Fitted.to(prefills, decodes, kv_bytes=cost.kv_bytes, kv_tokens=cost.kv_tokens, spec=cost.spec)
 
 

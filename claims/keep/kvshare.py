@@ -37,7 +37,7 @@ from anabranch.keep.kvshare import (
 from anabranch.models.llama import Decoder, Session, filled
 from anabranch.models.tokens import Tokens
 from anabranch.models.weights import smollm2, smollm2_file
-from anabranch.schedule.baselines import FCFS, prompts
+from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import VLLM
 from anabranch.schedule.scheduler import Engine, View
 from anabranch.schedule.serving import Result, simulate_serving
@@ -243,7 +243,7 @@ class Shortest(FCFS):
     """Who has least to compute comes first."""
 
     def order(self, x: View) -> list[int]:
-        return sorted(prompts(x), key=lambda slot: (x.prompt[slot] - x.hit[slot], x.id[slot]))
+        return sorted(x.prompts, key=lambda slot: (x.prompt[slot] - x.hit[slot], x.id[slot]))
 
 
 def requests(n: int, seed: int) -> Workload:

@@ -55,8 +55,8 @@ class Trace:
         self.close = 0.3 if size.smoke else 0.03
         self.parts = [Workload.azure(one).take(slice(start := 4000 + n * i, start + n)) for i, one in enumerate(names)]
         prompt = np.concatenate([part.prompt for part in self.parts])
-        self.ttft = 3 * COST.iteration(Work(np.array([int(np.percentile(prompt, 90))]), np.zeros(1, int)))
-        self.tight = 2 * COST.iteration(Work(decode=np.full(16, int(np.median(prompt)))))
+        self.ttft = 3 * COST.iteration(Work.of([int(np.percentile(prompt, 90))], [0]))
+        self.tight = 2 * COST.iteration(Work.of(decode=[int(np.median(prompt))] * 16))
 
     def at(self, rate: float, seed: int) -> Workload:
         return joined([part.poisson(rate, 10 * seed + i) for i, part in enumerate(self.parts)])

@@ -13,7 +13,7 @@ from anabranch.keep.kvshare import DHD, CacheAware, SharedDecoder, Shelf, by_dev
 from anabranch.models.llama import Config, Decoder, Llama
 from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.scheduler import PREFILLING, Engine
 from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
@@ -225,6 +225,7 @@ def view(hit, prompt, arrival, now, status=None):
     x = Seen()
     x.id, x.status = np.arange(n), np.ones(n, np.int8) if status is None else np.array(status)
     x.hit, x.prompt, x.arrival, x.now = np.array(hit), np.array(prompt), np.array(arrival), now
+    x.prompts = sorted(range(n), key=lambda slot: x.status[slot] != PREFILLING)
     return x
 
 

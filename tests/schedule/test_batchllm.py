@@ -9,7 +9,8 @@ import pytest
 from anabranch.plan import simulate, validate
 from anabranch.schedule.batchllm import BatchLLM, PrefixTree, group_requests, maximize_reuse
 from anabranch.schedule.cluster import Fitted
-from anabranch.schedule.scheduler import WAITING, Engine, View
+from anabranch.schedule.scheduler import Engine
+from anabranch.schedule.seats import Asked, Seats
 from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
@@ -207,18 +208,22 @@ def test_a_prefix_stays_while_nobody_uses_it():
 
 
 def test_what_is_kept_gives_way_to_the_only_one_that_could_go_on():
-    ints, nan = lambda *values: np.array(values), np.full(2, np.nan)
-    sent_away = View(
-        now=7.0, id=ints(0, 1), status=np.full(2, WAITING, np.int8), arrival=np.zeros(2), prompt=ints(256, 100),
-        done=ints(0, 0), generated=ints(9, 0), blocks=ints(0, 5), first_emit=nan, last_emit=nan, ttft=nan, tds=nan,
-        preempted=ints(1, 0), limit=ints(-1, -1), free_blocks=15, block=16, total_blocks=20, queued=0, max_tokens=8192,
-        max_seqs=8, hit=ints(0, 80), own=ints(0, 0),
-    )  # fmt: skip
+    keys = [("prefix", i) for i in range(5)]
+    seats = Seats(Engine(Fitted(), kv_tokens=20 * 16, max_seqs=1, prefixes=True), 0, False)
+    seats.queue.extend((0, 1))
+    asked = [Asked(0.0, 247, 20, 1.0, 1.0), Asked(0.0, 100, 1, 1.0, 1.0, keys)]
+    seats.seat(lambda i: asked[i])
+    # The first one has been sent away after nine tokens; what the second would find is kept.
+    seats.preempted[0], seats.prompt[0] = 1, 256
+    ids = seats.index.alloc(5)
+    seats.index.insert(keys, ids)
+    seats.kept, seats.free = [ids], 15
     scheduler = BatchLLM(np.array([-1, 0]), np.array([0, 80]))
-    _, batch = scheduler.act((), sent_away)
-    assert batch.keep is None and batch.timer == 7.0 and not batch.prefill.any()
-    _, batch = scheduler.act((), sent_away._replace(free_blocks=16))
-    assert batch.prefill.tolist() == [256, 0] and batch.keep.tolist() == [False, True]
+    _, batch = scheduler.act((), seats.view(7.0))
+    assert batch.keep == () and batch.timer == 7.0 and not batch.prefill
+    seats.free = 16
+    _, batch = scheduler.act((), seats.view(7.0))
+    assert batch.prefill == {0: 256} and batch.keep == [1]
 
 
 def test_memory_for_hardly_more_than_one():

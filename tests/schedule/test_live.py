@@ -21,7 +21,7 @@ from anabranch.schedule.layered_prefill import LayeredPrefill
 from anabranch.schedule.live import Live, Session
 from anabranch.schedule.places import Forgetful
 from anabranch.schedule.replay import play, replay, result, workload
-from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, Batch
+from anabranch.schedule.scheduler import RECOMPUTE, SWAP, SWAPPED, Batch
 from anabranch.schedule.semi_pd import FixedShares, TimeSlices
 from anabranch.schedule.workload import Workload
 from anabranch.sessions import Ask, Full
@@ -74,18 +74,11 @@ class Juggler(FCFS):
         return 0
 
     def act(self, state, x):
-        swapped, decoding = np.flatnonzero(x.status == SWAPPED), np.flatnonzero(x.status == DECODING)
-        if state % 3 == 2 and len(decoding):
-            preempt = np.zeros(len(x.id), np.int8)
-            preempt[decoding[-1]] = self.how
-            decode = np.zeros(len(x.id), bool)
-            decode[decoding[:-1]] = True
-            if len(decoding) > 1 and x.free_blocks >= len(decoding):
-                return state + 1, Batch(decode, np.zeros(len(x.id), np.int64), preempt)
-        if len(swapped) and x.free_blocks > 4:
-            decode = np.zeros(len(x.id), bool)
-            decode[swapped[0]] = True
-            return state + 1, Batch(decode, np.zeros(len(x.id), np.int64))
+        swapped, decoding = np.flatnonzero(x.status == SWAPPED).tolist(), sorted(x.decoding)
+        if state % 3 == 2 and len(decoding) > 1 and x.free_blocks >= len(decoding):
+            return state + 1, Batch(decoding[:-1], preempt={decoding[-1]: self.how})
+        if swapped and x.free_blocks > 4:
+            return state + 1, Batch(swapped[:1])
         return state + 1, super().act((), x)[1]
 
 
@@ -398,9 +391,8 @@ def test_a_measured_cost_has_the_time_of_prompts_and_of_steps(model):
 
 def test_a_cost_is_fitted_to_what_was_measured():
     wanted = Fitted((5.0, 0.2, 1e-4), (3.0, 1e-3, 0.5), (3.0, 1e-3, 0.5))
-    none, one = np.zeros(0, np.int64), np.zeros(1, np.int64)
-    prefills = [(n, wanted.iteration(Work(np.array([n]), one))) for n in (10, 100, 300, 1000)]
-    decodes = [(n, n * c, wanted.iteration(Work(none, none, np.full(n, c)))) for n in (1, 4, 8) for c in (50, 500)]
+    prefills = [(n, wanted.iteration(Work.of([n], [0]))) for n in (10, 100, 300, 1000)]
+    decodes = [(n, n * c, wanted.iteration(Work.of(decode=[c] * n))) for n in (1, 4, 8) for c in (50, 500)]
     found = Fitted.to(prefills, decodes)
     np.testing.assert_allclose(found.prefill, wanted.prefill, rtol=1e-6)
     np.testing.assert_allclose(found.decode, wanted.decode, rtol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca
 from anabranch.schedule.cluster import Fitted
 from anabranch.schedule.layered_prefill import LayeredPrefill
-from anabranch.schedule.scheduler import DECODING, WAITING, Batch, Engine, Scheduler
+from anabranch.schedule.scheduler import Batch, Engine, Scheduler
 from anabranch.schedule.serving import simulate_serving
 from anabranch.schedule.workload import Workload
 
@@ -131,15 +131,11 @@ class Keeps(Scheduler):
     keeps: bool = True
 
     def act(self, state, x):
-        n = len(x.id)
-        batch = Batch(x.status == DECODING, np.zeros(n, np.int64))
-        waiting = np.flatnonzero(x.status == WAITING)
-        waiting = waiting[np.argsort(x.id[waiting])]
-        if len(waiting) and not batch.decode.any():
-            batch.prefill[waiting[0]] = x.prompt[waiting[0]] - x.hit[waiting[0]]
-        keep = np.zeros(n, bool)
-        keep[waiting[1:][-1:]] = self.keeps
-        return state, batch._replace(keep=keep)
+        prefill = {}
+        if x.prompts and not x.decoding:
+            first = x.prompts[0]
+            prefill[first] = int(x.prompt[first] - x.hit[first])
+        return state, Batch(x.decoding, prefill, keep=x.prompts[1:][-1:] if self.keeps else [])
 
 
 class Idles(Scheduler):
@@ -153,9 +149,9 @@ class Idles(Scheduler):
     def act(self, state, x):
         slot = x.id.argmax()
         self.views.append((int(x.blocks[slot]), x.free_blocks))
-        n = np.arange(len(x.id))
-        tokens = np.where((n == slot) & (state in (0, 3)), x.prompt - x.hit, 0)
-        return state + 1, Batch(n < 0, tokens, timer=x.now if state < 4 else None, keep=(n == slot) & (state == 1))
+        prefill = {int(slot): int(x.prompt[slot] - x.hit[slot])} if state in (0, 3) else {}
+        timer, keep = x.now if state < 4 else None, [slot] if state == 1 else []
+        return state + 1, Batch(prefill=prefill, timer=timer, keep=keep)
 
 
 def test_what_is_kept_is_held_as_long_as_a_batch_says_so_also_one_that_does_nothing():

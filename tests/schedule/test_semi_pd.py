@@ -13,7 +13,8 @@ from anabranch.contract import check
 from anabranch.schedule.baselines import FCFS, Chunked
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work, side_by_side
 from anabranch.schedule.distserve import ttft_md1
-from anabranch.schedule.scheduler import DECODING, WAITING, Batch, Engine, Scheduler, View
+from anabranch.schedule.scheduler import DECODING, SWAP, WAITING, Batch, Engine, Scheduler
+from anabranch.schedule.seats import Asked, Seats
 from anabranch.schedule.semi_pd import (
     FixedShares,
     LatencyModel,
@@ -36,14 +37,14 @@ class Bus:
     """Iterations whose chunk says their milliseconds of arithmetic and whose context those of bandwidth."""
 
     def traffic(self, work):
-        return float(work.context.sum()) / 1e3
+        return work.before / 1e3
 
     def iteration(self, work):
-        return max(float(work.chunk.sum()) / 1e3 / work.share, self.traffic(work))
+        return max(work.tokens / 1e3 / work.share, self.traffic(work))
 
 
 def beside(*iterations):
-    return side_by_side(Bus(), [Work(np.array([c]), np.array([m]), share=s) for c, m, s in iterations])
+    return side_by_side(Bus(), [Work.of([c], [m], share=s) for c, m, s in iterations])
 
 
 def test_two_iterations_slow_each_other_by_units_and_by_bandwidth():
@@ -58,14 +59,14 @@ def test_two_iterations_slow_each_other_by_units_and_by_bandwidth():
 
 
 def test_few_units_draw_less_of_the_bandwidth():
-    decode = lambda share: SMALL.iteration(Work(decode=np.full(4, 1000), share=share)) - 32 * SMALL.device.launch
+    decode = lambda share: SMALL.iteration(Work.of(decode=[1000] * 4, share=share)) - 32 * SMALL.device.launch
     assert decode(0.4) == decode(1.0) and decode(0.2) == pytest.approx(2 * decode(1.0))
-    prompt = Work(np.array([4000]), np.array([0]))
+    prompt = Work.of([4000], [0])
     half, whole = side_by_side(SMALL, [prompt._replace(share=0.5)]), side_by_side(SMALL, [prompt])
     assert half[0] / whole[0] == pytest.approx(2, rel=0.01)
-    slow, held = side_by_side(SMALL, [prompt._replace(share=0.5), Work(decode=np.full(4, 1000), share=0.5)])
+    slow, held = side_by_side(SMALL, [prompt._replace(share=0.5), Work.of(decode=[1000] * 4, share=0.5)])
     rest = 1 - SMALL.traffic(prompt) / slow  # of the bandwidth is left to the decode, which slows the prompt not at all
-    assert slow == half[0] and held == pytest.approx(SMALL.traffic(Work(decode=np.full(4, 1000))) / rest)
+    assert slow == half[0] and held == pytest.approx(SMALL.traffic(Work.of(decode=[1000] * 4)) / rest)
 
 
 @pytest.mark.parametrize(
@@ -148,12 +149,11 @@ class Astray(Scheduler):
     what: str = ""
 
     def act(self, state, x):
-        batch = Batch(x.status == DECODING, np.where(x.status == WAITING, x.prompt, 0))
-        none = np.zeros(len(x.id), bool)
+        batch = Batch(x.decoding, {slot: int(x.prompt[slot]) for slot in np.flatnonzero(x.status == WAITING).tolist()})
         if self.what == "preempt" and x.worker == "prefill":
-            return state, batch._replace(decode=none, preempt=batch.decode.astype(np.int8))
+            return state, batch._replace(decode=(), preempt=dict.fromkeys(x.decoding, SWAP))
         if self.what != x.worker:
-            batch = batch._replace(**{"decode": {"prefill": 0 * batch.prefill}, "prefill": {"decode": none}}[x.worker])
+            batch = batch._replace(**{"decode": {"prefill": {}}, "prefill": {"decode": ()}}[x.worker])
         return state, batch
 
 
@@ -277,14 +277,14 @@ def test_algorithm_1_after_one_window(shares, seen, after):
 
 def view(now, worker, arrival, first):
     """What a live loop might show: a request a slot, without a simulator."""
-    n = len(arrival)
-    ints = lambda value=0: np.full(n, value, np.int64)
-    status = np.where(np.isnan(first), WAITING, DECODING).astype(np.int8)
-    return View(
-        now, np.arange(n), status, np.array(arrival), ints(10), ints(), ints(), ints(1), np.array(first),
-        np.array(first), np.ones(n), np.ones(n), ints(), ints(-1), 100, 16, 200, 0, 8192, 64, ints(),
-            ints(1), worker,
-    )  # fmt: skip
+    seats = Seats(Engine(Fitted(), kv_tokens=3200, max_seqs=64), 0, False)
+    seats.queue.extend(range(len(arrival)))
+    seats.seat(lambda i: Asked(arrival[i], 10, 10, 1.0, 1.0))
+    for slot, came in enumerate(first):
+        if not np.isnan(came):
+            seats.put(slot, DECODING)
+            seats.first[slot] = came
+    return seats.view(now, worker)
 
 
 @pytest.mark.parametrize("age, x", [(5.0, 80.0), (0.1, 60.0)])
@@ -297,9 +297,9 @@ def test_who_waits_counts_even_if_all_that_were_served_were_in_time(age, x):
         served = now - 0.1 if i else np.nan
         shown = view(now, worker, [now - 0.2, now - age, now - 1.0], [served, np.nan, now - 0.9])
         state, batch = scheduler.act(state, shown)
-        assert batch.share == 0.6 and batch.decode.any() == (worker == "decode") == (not batch.prefill.any())
+        assert batch.share == 0.6 and bool(batch.decode) == (worker == "decode") == (not batch.prefill)
         if worker == "prefill":
-            batch = batch._replace(prefill=np.array([10, 0, 0]))
+            batch = batch._replace(prefill={0: 10})
         before, state = state, scheduler.learn(state, shown, batch, 0.02)
         assert before.seen.shape == state.seen.shape
     assert state.shares == (x, 60.0) and state.iterations == 0

@@ -5,7 +5,7 @@ import pytest
 
 from anabranch.schedule.baselines import FCFS, SRPT, Chunked, Orca, running
 from anabranch.schedule.cluster import DEVICES, MODELS, Fitted, Roofline, Work
-from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, Batch, Engine, Scheduler
+from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, Batch, Engine, Scheduler
 from anabranch.schedule.seats import Seats
 from anabranch.schedule.serving import goodput, simulate_serving
 from anabranch.schedule.workload import Workload
@@ -63,11 +63,12 @@ def test_an_engine_runs_on_while_others_are_busy():
 )
 def test_the_last_to_come_are_preempted_wherever_they_sit(max_seqs, tokens, said):
     seats = Seats(Engine(Fitted(), kv_tokens=tokens, max_seqs=max_seqs), 0, False)
-    seats.id[:3], seats.status[:3] = (5, 1, 3), DECODING
+    seats.id[:3] = 5, 1, 3
+    for slot in range(3):
+        seats.put(slot, DECODING)
     seats.done[:3], seats.blocks[:3] = 16, 1
     seats.free -= 3
-    slots, preempted, left = running(seats.view(0.0))
-    assert (slots.tolist(), preempted.tolist(), left) == said
+    assert running(seats.view(0.0)) == said
 
 
 def test_one_request_by_hand():
@@ -93,10 +94,10 @@ def test_waiting_is_that_of_a_queue_with_equal_service():
 
 def test_what_a_chunk_costs():
     cost = Fitted((10, 0.1, 0.001), (20, 0.01, 1.0), (0, 0, 0))
-    whole = cost.iteration(Work(np.array([100]), np.array([0])))
-    parts = [cost.iteration(Work(np.array([50]), np.array([done]))) for done in (0, 50)]
+    whole = cost.iteration(Work.of([100], [0]))
+    parts = [cost.iteration(Work.of([50], [done])) for done in (0, 50)]
     assert sum(parts) - whole == pytest.approx(0.010)  # the constant once more
-    both = cost.iteration(Work(np.array([100]), np.array([0]), np.array([50, 50])))
+    both = cost.iteration(Work.of([100], [0], [50, 50]))
     assert both == pytest.approx(whole + 0.020 - 0.010 + 0.001 + 0.002)
 
 
@@ -106,19 +107,19 @@ def test_the_roofline_knows_its_limits():
     assert MODELS["llama-3-70b"].params == pytest.approx(70.6e9, rel=0.01)
     assert MODELS["qwen3-30b-a3b"].params == pytest.approx(30.5e9, rel=0.02)
     cost = Roofline(spec, device)
-    decode = cost.iteration(Work(decode=np.array([1000])))
+    decode = cost.iteration(Work.of(decode=[1000]))
     assert decode > spec.params * 2 * 0.9 / device.bandwidth  # the weights must be read
-    long = cost.iteration(Work(np.array([8192]), np.array([0])))
+    long = cost.iteration(Work.of([8192], [0]))
     assert long > 2 * spec.active * 8192 / device.flops
     np.testing.assert_allclose(
-        cost.decode_steps(np.array([10, 20]), 5),
-        [cost.iteration(Work(decode=np.array([10 + k, 20 + k]))) for k in range(5)],
+        cost.decode_steps(Work.of(decode=[10, 20]), 5),
+        [cost.iteration(Work.of(decode=[10 + k, 20 + k])) for k in range(5)],
     )
-    after, first = (cost.iteration(Work(np.array([4096]), np.array([done]))) for done in (8192, 0))
+    after, first = (cost.iteration(Work.of([4096], [done])) for done in (8192, 0))
     assert after - first == pytest.approx(4 * 32 * 128 * spec.layers * 4096 * 8192 / (0.6 * device.flops))
     moe = Roofline(MODELS["qwen3-30b-a3b"], device)
     assert moe.loaded(1) == pytest.approx(8) and moe.loaded(1e6) == pytest.approx(128)
-    half = Work(np.array([512]), np.array([0]), np.array([100]), layers=0.5)
+    half = Work.of([512], [0], [100], layers=0.5)
     assert moe.weight_bytes(half) < moe.weight_bytes(half._replace(layers=1.0))
 
 
@@ -140,23 +141,16 @@ class Hold(Scheduler):
     how: int = SWAP
 
     def act(self, state, x):
-        n = len(x.id)
-        batch = Batch(np.zeros(n, bool), np.zeros(n, np.int64))
-        running, swapped = x.status == 3, x.status == 4
-        waiting = np.flatnonzero((x.status == 1) | swapped)
-        if running.any() and len(waiting):
-            first = waiting[np.argmin(x.done[waiting] + x.id[waiting] / 10)]
-            mask = np.arange(n) == first
-            batch = batch._replace(preempt=np.where(running, np.int8(self.how), np.int8(0)), decode=mask & swapped)
-            batch.prefill[first] = 0 if swapped[first] else x.prompt[first]
-            return state, batch
-        if running.any():
-            return state, batch._replace(decode=running)
-        if swapped.any() and not (x.status == 1).any():
-            return state, batch._replace(decode=swapped)
-        waiting = np.flatnonzero(x.status == 1)
-        batch.prefill[waiting[:1]] = x.prompt[waiting[:1]]
-        return state, batch
+        swapped = np.flatnonzero(x.status == SWAPPED).tolist()
+        if x.decoding and (others := x.prompts + swapped):
+            first = min(others, key=lambda slot: x.done[slot] + x.id[slot] / 10)
+            preempt = dict.fromkeys(x.decoding, self.how)
+            if first in swapped:
+                return state, Batch([first], preempt=preempt)
+            return state, Batch(prefill={first: int(x.prompt[first])}, preempt=preempt)
+        if x.decoding or not x.prompts:
+            return state, Batch(x.decoding or swapped)
+        return state, Batch(prefill={x.prompts[0]: int(x.prompt[x.prompts[0]])})
 
 
 def test_a_swap_costs_its_bytes_twice_and_a_new_prefill_its_tokens():
@@ -168,7 +162,7 @@ def test_a_swap_costs_its_bytes_twice_and_a_new_prefill_its_tokens():
     for result in (again, swapped):
         assert np.array_equal(result.tokens, load.output) and result.preemptions > 0
     assert tokens(swapped) == 150 < tokens(again)
-    work = [(Work(np.array(chunks), np.zeros(len(chunks), int)) if chunks else None) for *_, chunks in swapped.log]
+    work = [(Work.of(chunks, [0] * len(chunks)) if chunks else None) for *_, chunks in swapped.log]
     assert swapped.busy > sum(Fitted().iteration(one) for one in work if one)
 
     away = []
@@ -176,7 +170,7 @@ def test_a_swap_costs_its_bytes_twice_and_a_new_prefill_its_tokens():
     class Told(Hold):
         def act(self, state, x):
             state, batch = Hold.act(self, state, x)
-            away.append(0 if batch.preempt is None else x.done[batch.preempt == SWAP].sum())
+            away.append(sum(int(x.done[slot]) for slot in batch.preempt))
             return state, batch
 
     quick = simulate_serving(load, [Engine(Fitted(), host=1e15)], Told(SWAP))
@@ -187,13 +181,7 @@ class Wrong(Scheduler):
     what: str = ""
 
     def act(self, state, x):
-        n = len(x.id)
-        decode, prefill = np.zeros(n, bool), np.zeros(n, np.int64)
-        if self.what == "prefill":
-            prefill[0] = 10**6
-        elif self.what == "decode":
-            decode[0] = True
-        return state, Batch(decode, prefill)
+        return state, Batch([0] if self.what == "decode" else [], {0: 10**6} if self.what == "prefill" else {})
 
 
 @pytest.mark.parametrize(
@@ -258,10 +246,10 @@ def test_a_real_trace(data):
 def test_devices_that_share_a_layer_add_up_twice_in_each():
     spec, device = MODELS["llama-3-70b"], DEVICES["h100"]
     one, four = Roofline(spec, device), Roofline(spec, device, devices=4)
-    work = Work(decode=np.full(16, 1000))
+    work = Work.of(decode=[1000] * 16)
     by_hand = 2 * 80 * (10e-6 + 2 * 3 / 4 * 16 * 8192 * 2 / 450e9)
     assert four.summing(work) == pytest.approx(by_hand) and one.summing(work) == 0
     fixed = device.launch * spec.layers
     assert four.iteration(work) == pytest.approx((one.iteration(work) - fixed) / 4 + fixed + by_hand)
-    half = Work(np.array([512]), np.array([0]), layers=0.5)
+    half = Work.of([512], [0], layers=0.5)
     assert four.summing(half) == pytest.approx(2 * 80 * (5e-6 + 2 * 3 / 4 * 256 * 8192 * 2 / 450e9))

@@ -42,7 +42,7 @@ from anabranch.cell import Cell
 from anabranch.keep.blocks import Segment, SegmentIndex
 from anabranch.layers.kv import KV, Rotate
 from anabranch.models.llama import Decoder, Session, filled, rope
-from anabranch.schedule.baselines import FCFS, prompts
+from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.scheduler import PREFILLING, View
 
 CHECK = 1
@@ -338,7 +338,7 @@ class CacheAware(FCFS):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def order(self, x: View) -> list[int]:
-        slots = prompts(x)
+        slots = x.prompts
         begun = [slot for slot in slots if x.status[slot] == PREFILLING]
         waits = [slot for slot in slots if x.status[slot] != PREFILLING]
         if not waits:

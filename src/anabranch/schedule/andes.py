@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int, Int64
 
 from anabranch.cell import Cell, Maybe
-from anabranch.schedule.baselines import prompts
 from anabranch.schedule.cluster import Work
 from anabranch.schedule.scheduler import DECODING, RECOMPUTE, SWAP, SWAPPED, WAITING, Batch, Cost, Scheduler, View
 from anabranch.schedule.serving import Result
@@ -175,7 +174,7 @@ class Andes(Scheduler):
         running = there[x.status[there] == DECODING]
         scarce = need.sum() > FULL * x.total_blocks or len(there) > x.max_seqs
         if not scarce and len(running):
-            took = self.cost.iteration(Work(decode=x.done[running]))
+            took = self.cost.iteration(Work(decodes=len(running), held=int(x.done[running].sum())))
             scarce = took > 1 / x.tds[there].max()
         if not scarce:
             return state, _serve(self.swap, x, there, there[:0])
@@ -220,14 +219,15 @@ def _choose(
     most = min(int((np.cumsum(np.sort(need)) <= room).sum()), x.max_seqs)
     contexts = np.sort(length)
     goal, least = 1 / x.tds[there].max(), 1
-    while least < most and cost.iteration(Work(decode=contexts[: least + 1])) <= goal:
+    taken = lambda size: cost.iteration(Work(decodes=size, held=int(contexts[:size].sum())))
+    while least < most and taken(least + 1) <= goal:
         least += max(1, least // 8)
     sticky = x.status[there] == DECODING
     settled = state.moved >= andes.preemptions * (x.id.max() + 1)
     delay = _delay(cost, andes.link, x, there)
     best, found = -1.0, np.zeros(len(there), bool)
     for size in sorted({round(v) for v in np.linspace(min(least, most), most, 4)}):
-        gain = _gain(horizon, state, x, there, delay, cost.iteration(Work(decode=contexts[:size])))
+        gain = _gain(horizon, state, x, there, delay, taken(size))
         order = np.lexsort((x.id[there], -gain / length, ~(sticky & settled)))
         take = _filled(order, need, np.where(sticky, room, FULL * room), size)
         if gain[take].sum() > best:
@@ -255,35 +255,30 @@ def _delay(cost: Cost, link: float, x: View, there: np.ndarray) -> Float64[np.nd
     """Seconds until a request decodes: for its prompt, or for its cache to come back."""
     swapped = x.status[there] == SWAPPED
     out = np.where(swapped, x.done[there] * cost.kv_bytes / link, 0.0)
-    none = np.zeros(1, np.int64)
     for i in np.flatnonzero(x.status[there] < DECODING).tolist():
-        out[i] = cost.iteration(Work(x.prompt[there[i : i + 1]], none))
+        out[i] = cost.iteration(Work.of([x.prompt[there[i]]], [0]))
     return out
 
 
 def _serve(swap: bool, x: View, chosen: np.ndarray, away: np.ndarray) -> Batch:
     """Prompts of those chosen first, as FCFS does; else everybody's next token."""
-    status = x.status[chosen]
     free = x.free_blocks + int(x.own[away].sum())
-    made = Batch(np.zeros(len(x.id), bool), np.zeros(len(x.id), np.int64))
-    if len(away):
-        how = np.zeros(len(x.id), np.int8)
-        how[away] = SWAP if swap else RECOMPUTE
-        made = made._replace(preempt=how)
-    budget = x.max_tokens
-    for slot in [slot for slot in prompts(x) if slot in set(chosen.tolist())]:
+    preempt = dict.fromkeys(away.tolist(), SWAP if swap else RECOMPUTE)
+    prefill, budget, served = {}, x.max_tokens, set(chosen.tolist())
+    for slot in [slot for slot in x.prompts if slot in served]:
         need = int(x.need(x.prompt[slot] + 1) - x.blocks[slot])
-        if need > free or (x.prompt[slot] > budget and made.prefill.any()):
+        if need > free or (x.prompt[slot] > budget and prefill):
             break
-        made.prefill[slot] = x.prompt[slot] - x.hit[slot]
-        free, budget = free - need, budget - int(made.prefill[slot])
-    if not made.prefill.any():
-        for slot in sorted(chosen[status >= DECODING].tolist(), key=lambda slot: x.id[slot]):
+        prefill[slot], _ = x.left(slot)
+        free, budget = free - need, budget - prefill[slot]
+    decode = []
+    if not prefill:
+        for slot in sorted(chosen[x.status[chosen] >= DECODING].tolist(), key=lambda slot: x.id[slot]):
             need = max(0, int(x.need(x.done[slot] + 1) - x.blocks[slot]))
             if need <= free:
-                made.decode[slot] = True
+                decode.append(slot)
                 free -= need
-    return made
+    return Batch(decode, prefill, preempt)
 
 
 def _filled(order: np.ndarray, need: np.ndarray, limit: np.ndarray, size: int) -> Bool[np.ndarray, " k"]:

@@ -4,56 +4,44 @@ All keep a cache of blocks; a request that gets no block for its next token has 
 caches are made again.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import equinox as eqx
 import numpy as np
 
-from anabranch.schedule.scheduler import DECODING, PREFILLING, RECOMPUTE, WAITING, Batch, Scheduler, View
+from anabranch.schedule.scheduler import PREFILLING, RECOMPUTE, Batch, Scheduler, View
 
 
-def running(view: View) -> tuple[np.ndarray, np.ndarray, int]:
+def running(view: View) -> tuple[Sequence[int], list[int], int]:
     """The decoding requests that can go on, the slots that are preempted for it, and the blocks that are left.
 
     The last to come are preempted first; at least one always goes on.
     """
-    slots = (view.status == DECODING).nonzero()[0]
+    left = view.free_blocks - view.growth
+    if len(view.decoding) <= view.max_seqs and left >= 0:
+        return view.decoding, [], left
+    slots = np.array(sorted(view.decoding, key=view.id.__getitem__))
     more = np.maximum(view.need(view.done[slots] + 1) - view.blocks[slots], 0)
-    free, left = view.free_blocks, view.free_blocks - int(more.sum())
-    if len(slots) <= view.max_seqs and left >= 0:
-        return slots, slots[:0], left
-    order = np.argsort(view.id[slots])[: view.max_seqs]
-    slots, more, keep = slots[order], more[order], len(order)
+    slots, more, keep, free = (
+        slots[: view.max_seqs],
+        more[: view.max_seqs],
+        min(len(slots), view.max_seqs),
+        view.free_blocks,
+    )
     while keep > 1 and more[:keep].sum() > free + view.own[slots[keep:]].sum():
         keep -= 1
-    return slots[:keep], slots[keep:], int(free + view.own[slots[keep:]].sum() - more[:keep].sum())
+    left = int(free + view.own[slots[keep:]].sum() - more[:keep].sum())
+    return slots[:keep].tolist(), slots[keep:].tolist(), left
 
 
-def batch(view: View, decode: np.ndarray, preempted: np.ndarray, prefill: dict[int, int]) -> Batch:
+def batch(decode: Sequence[int], preempted: list[int], prefill: dict[int, int]) -> Batch:
     """A batch of these slots."""
-    n = len(view.id)
-    mask, tokens = np.zeros(n, bool), np.zeros(n, np.int64)
-    mask[decode] = True
-    if prefill:
-        tokens[list(prefill)] = list(prefill.values())
-    how = None
-    if len(preempted):
-        how = np.zeros(n, np.int8)
-        how[preempted] = RECOMPUTE
-    return Batch(mask, tokens, how)
-
-
-def prompts(view: View) -> list[int]:
-    """Those that wait, first come first, and before them what has been begun."""
-    slots = ((view.status == WAITING) | (view.status == PREFILLING)).nonzero()[0]
-    if len(slots) < 2:
-        return slots.tolist()
-    order = np.lexsort((view.id[slots], view.status[slots] != PREFILLING))
-    return slots[order].tolist()
+    return Batch(decode, prefill, dict.fromkeys(preempted, RECOMPUTE))
 
 
 def admit(
-    view: View, order: list[int], free: int, budget: int, seats: int, *, whole: bool, watermark: float = 0.01
+    view: View, order: Iterable[int], free: int, budget: int, seats: int, *, whole: bool, watermark: float = 0.01
 ) -> dict[int, int]:
     """Tokens of each prompt that fit in the budget and in the blocks.
 
@@ -64,12 +52,11 @@ def admit(
     found: dict[int, int] = {}
     keep = int(watermark * view.total_blocks)
     for slot in order:
-        left = int(view.prompt[slot] - view.hit[slot])
+        # A prompt is let in only if all of it will fit: half of one would hold blocks that nobody else can have.
+        left, need = view.left(slot)
         take = left if whole else min(left, budget)
         if take <= 0 or seats <= 0 or (whole and take > budget and found):
             break
-        # A prompt is let in only if all of it will fit: half of one would hold blocks that nobody else can have.
-        need = int(view.need(view.prompt[slot]) - view.blocks[slot])
         begun = view.status[slot] == PREFILLING
         if need > free - (0 if begun or free == view.total_blocks else keep):
             break
@@ -86,7 +73,7 @@ class FCFS(Scheduler):
 
     def order(self, x: View) -> list[int]:
         """The slots of prompts, the next one first."""
-        return prompts(x)
+        return x.prompts
 
     def budget(self, x: View) -> int:
         """Tokens of the prompts that go together."""
@@ -94,12 +81,12 @@ class FCFS(Scheduler):
 
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, _ = running(x)
-        if not len(preempted):
+        if not preempted:
             seats, kind = x.max_seqs - len(decode), type(self)  # asked of `self`, Equinox would bind methods anew
             found = admit(x, kind.order(self, x), x.free_blocks, kind.budget(self, x), seats, whole=True)
             if found:
-                return state, batch(x, decode[:0], preempted, found)
-        return state, batch(x, decode, preempted, {})
+                return state, batch((), preempted, found)
+        return state, batch(decode, preempted, {})
 
 
 class Orca(Scheduler):
@@ -108,8 +95,8 @@ class Orca(Scheduler):
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, free = running(x)
         budget = x.max_tokens - len(decode)
-        found = {} if len(preempted) else admit(x, prompts(x), free, budget, x.max_seqs - len(decode), whole=True)
-        return state, batch(x, decode, preempted, found)
+        found = {} if preempted else admit(x, x.prompts, free, budget, x.max_seqs - len(decode), whole=True)
+        return state, batch(decode, preempted, found)
 
 
 class Chunked(Scheduler):
@@ -128,8 +115,8 @@ class Chunked(Scheduler):
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, free = running(x)
         budget = self.chunk - len(decode)
-        found = {} if len(preempted) else admit(x, prompts(x), free, budget, x.max_seqs - len(decode), whole=False)
-        return state, batch(x, decode, preempted, found)
+        found = {} if preempted else admit(x, x.prompts, free, budget, x.max_seqs - len(decode), whole=False)
+        return state, batch(decode, preempted, found)
 
 
 class SRPT(FCFS):
@@ -138,4 +125,4 @@ class SRPT(FCFS):
     oracle: ClassVar[bool] = True
 
     def order(self, x: View) -> list[int]:
-        return sorted(prompts(x), key=lambda slot: (x.prompt[slot] - x.done[slot] + x.limit[slot], x.id[slot]))
+        return sorted(x.prompts, key=lambda slot: (x.prompt[slot] - x.done[slot] + x.limit[slot], x.id[slot]))

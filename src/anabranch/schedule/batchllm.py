@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import ArrayLike, Float64, Int64
 
 from anabranch.plan import Op, Plan, PlanBuilder
-from anabranch.schedule.baselines import batch, prompts, running
+from anabranch.schedule.baselines import batch, running
 from anabranch.schedule.cluster import Work
 from anabranch.schedule.scheduler import WAITING, Cost, Scheduler, View
 from anabranch.schedule.workload import Workload
@@ -202,8 +202,8 @@ class Groups(NamedTuple):
             held = {
                 pool: float(prefix // block + (-(-(load.prompt[rows] + load.output[rows] - prefix) // block)).sum())
             }
-            first = b.add(Op.PREFILL, lane, cost.iteration(Work(chunk, before)), micro=group, alloc=held)
-            took = float(cost.decode_steps(load.prompt[rows] + 1, steps).sum())
+            first = b.add(Op.PREFILL, lane, cost.iteration(Work.of(chunk, before)), micro=group, alloc=held)
+            took = float(cost.decode_steps(Work.of(decode=load.prompt[rows] + 1), steps).sum())
             b.add(Op.DECODE, lane, took, micro=group, after=[first], free=held)
         return b.build()
 
@@ -275,33 +275,34 @@ class BatchLLM(Scheduler):
     def act(self, state, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, free = running(x)
         found: dict[int, int] = {}
-        if not len(preempted):
-            found, free = self._admit(x, decode, free)
-        keep = np.zeros(len(x.id), bool)
+        if not preempted:
+            found, free = self._admit(x, len(decode), free)
+        keep = []
         new = np.flatnonzero((x.status == WAITING) & (x.preempted == 0))
         new = new[~np.isin(new, list(found))]
         if len(new):
             first = new[np.argmin(x.id[new])]
             # The next of the group in progress is to find its prefix, also if somebody sent away comes before it.
-            keep[first] = x.need(x.hit[first]) - x.blocks[first] <= free
+            if x.need(x.hit[first]) - x.blocks[first] <= free:
+                keep = [int(first)]
         if not len(decode) and not found:  # what is kept is in the way of the only one that could go on
-            return state, batch(x, decode, preempted, {})._replace(timer=x.now if len(prompts(x)) else None)
-        return state, batch(x, decode, preempted, found)._replace(keep=keep)
+            return state, batch(decode, preempted, {})._replace(timer=x.now if x.prompts else None)
+        return state, batch(decode, preempted, found)._replace(keep=keep)
 
-    def _admit(self, x: View, decode: np.ndarray, free: int) -> tuple[dict[int, int], int]:
+    def _admit(self, x: View, decodes: int, free: int) -> tuple[dict[int, int], int]:
         """Tokens of each prompt, and the blocks that are left."""
         found: dict[int, int] = {}
-        budget, seats = self.chunk, x.max_seqs - len(decode)
-        room = free - (1 - self.high) * x.total_blocks - len(decode)
+        budget, seats = self.chunk, x.max_seqs - decodes
+        room = free - (1 - self.high) * x.total_blocks - decodes
         made: dict[int, int] = {}  # tokens of a group's prefix that are there, or are made in this iteration
-        for slot in prompts(x):
+        for slot in x.prompts:
             group, hit, begins = int(self.group[x.id[slot]]), int(x.hit[slot]), x.status[slot] == WAITING
             there = hit
             if begins:  # whole blocks, and not the one with the last token
                 there = max(hit, min(made.get(group, 0), int(x.prompt[slot]) - 1) // x.block * x.block)
             take = min(int(x.prompt[slot]) - there, budget)
             need = int(x.need(x.prompt[slot]) - x.blocks[slot]) - (there - hit) // x.block
-            alone = not len(decode) and not found
+            alone = not decodes and not found
             if take <= 0 or len(found) >= seats or need > (free if alone or not begins else room):
                 break
             found[slot] = take

@@ -1,38 +1,56 @@
 """What an iteration of a language model costs: from the sizes of a model and a device, or fitted to measurements.
 
     >>> cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
-    >>> seconds = cost.iteration(Work(chunk=np.array([512]), context=np.array([0]), decode=np.array([1000, 2000])))
+    >>> seconds = cost.iteration(Work.of(chunk=[512], context=[0], decode=[1000, 2000]))
     >>> 0.02 < seconds < 0.06
     True
 
 Units: seconds, bytes, floating-point operations, tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from scipy.optimize import nnls
-
-NONE = np.zeros(0, np.int64)
 
 
 class Work(NamedTuple):
     """What one iteration computes."""
 
-    chunk: Int64[np.ndarray, " a"] = NONE
-    """Tokens of each prompt that are prefilled now."""
-    context: Int64[np.ndarray, " a"] = NONE
-    """Tokens of it that were before."""
-    decode: Int64[np.ndarray, " b"] = NONE
-    """Tokens that each request which gets its next one has in its cache."""
+    tokens: int = 0
+    """Of prompts, that are prefilled now."""
+    before: int = 0
+    """Of these prompts, that were before."""
+    pairs: float = 0.0
+    """Tokens that see each other: half of Σ chunk (2 context + chunk)."""
+    decodes: int = 0
+    """Requests that get their next token."""
+    held: int = 0
+    """Tokens that these have in the cache."""
     layers: float = 1.0
     """The share of all layers through which prompts go now; decodes go through all."""
     share: float = 1.0
     """The share of the device's units that is theirs."""
+
+    @classmethod
+    def of(
+        cls, chunk: Iterable[int] = (), context: Iterable[int] = (), decode: Iterable[int] = (), *,
+        layers: float = 1.0, share: float = 1.0,
+    ) -> "Work":  # fmt: skip
+        """Of prompts, chunks of these sizes after contexts of these; and decodes after contexts of these.
+
+        >>> Work.of([100, 20], [0, 50], [10, 30])
+        Work(tokens=120, before=50, pairs=6200.0, decodes=2, held=40, layers=1.0, share=1.0)
+        """
+        tokens = before = twice = 0
+        for now, then in zip(chunk, context, strict=True):
+            tokens, before, twice = tokens + int(now), before + int(then), twice + int(now) * (2 * int(then) + int(now))
+        contexts = [int(context) for context in decode]
+        return cls(tokens, before, twice / 2, len(contexts), sum(contexts), layers, share)
 
 
 @dataclass(frozen=True)
@@ -130,7 +148,7 @@ def side_by_side(cost: Any, works: list[Work]) -> list[float]:
     has its way up to a half, and the other what is left.
 
         >>> cost = Roofline(MODELS["llama-3-8b"], DEVICES["a100-80g"])
-        >>> alone = Work(decode=np.array([1000] * 8))  # bound by bandwidth, also on half of the units
+        >>> alone = Work.of(decode=[1000] * 8)  # bound by bandwidth, also on half of the units
         >>> one, two = side_by_side(cost, [alone]), side_by_side(cost, [alone._replace(share=0.5)] * 2)
         >>> bool(1.9 < two[0] / one[0] < 2)  # but not by it alone
         True
@@ -175,8 +193,8 @@ class Roofline:
 
     def weight_bytes(self, work: Work) -> float:
         """Weights that an iteration reads."""
-        spec, decodes = self.spec, len(work.decode)
-        both = self.loaded(float(work.chunk.sum()) + decodes) if spec.experts > 1 else 1.0
+        spec, decodes = self.spec, work.decodes
+        both = self.loaded(work.tokens + decodes) if spec.experts > 1 else 1.0
         alone = self.loaded(decodes) if decodes else 0.0
         experts = work.layers * both + (1 - work.layers) * alone
         shared = 1.0 if decodes else work.layers
@@ -184,16 +202,15 @@ class Roofline:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        return self._seconds(work, *self._parts(work, float(work.decode.sum())), max)
+        return self._seconds(work, *self._parts(work, work.held), max)
 
     def traffic(self, work: Work) -> float:
         """Seconds for which an iteration needs all of the memory's bandwidth."""
-        return float(self._parts(work, float(work.decode.sum()))[1])
+        return self._parts(work, work.held)[1]
 
-    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
-        """Seconds of each of k iterations that only decode these requests."""
-        total, work = float(decode.sum()) + len(decode) * np.arange(k), Work(decode=decode)
-        return self._seconds(work, *self._parts(work, total), np.maximum)
+    def decode_steps(self, work: Work, k: int) -> Float64[np.ndarray, " k"]:
+        """Seconds of k iterations that only decode: the first one, and those that follow it."""
+        return self._seconds(work, *self._parts(work, work.held + float(work.decodes) * np.arange(k)), np.maximum)
 
     def _seconds(self, work: Work, compute, memory, larger):
         drawn = min(1.0, work.share / self.device.drawing)
@@ -204,24 +221,21 @@ class Roofline:
         """Seconds in which devices add up what each has computed."""
         if self.devices == 1:
             return 0.0
-        prompts, decodes, spec = work.layers * float(work.chunk.sum()), len(work.decode), self.spec
+        prompts, decodes, spec = work.layers * work.tokens, work.decodes, self.spec
         sent = 2 * (self.devices - 1) / self.devices * (prompts + decodes) * spec.d * spec.bytes / self.device.link
         return 2 * spec.layers * (self.device.hop * (1.0 if decodes else work.layers) + sent)
 
     def _parts(self, work: Work, decoded):
         """Seconds of arithmetic on all units and of traffic at all bandwidth, with so many tokens in the
         caches of those that decode."""
-        spec, n, tokens, before, pairs = self.spec, len(work.decode), 0.0, 0.0, 0.0
-        if len(work.chunk):
-            tokens, before = float(work.chunk.sum()), float(work.context.sum())
-            pairs = float(work.chunk @ (2 * work.context + work.chunk)) / 2
+        spec, n = self.spec, work.decodes
         width = spec.heads * spec._width
-        flops = 2 * spec.active * (work.layers * tokens + n) + 2 * spec.vocab * spec.d * n
-        flops = flops + 4 * width * spec.layers * (work.layers * pairs + decoded)
-        kv = spec.kv_bytes * (work.layers * (before + tokens) + decoded + n)
-        reached, n = self.device.reached, self.devices
-        compute = flops / (reached[0] * self.device.flops * n)
-        memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * n)
+        flops = 2 * spec.active * (work.layers * work.tokens + n) + 2 * spec.vocab * spec.d * n
+        flops = flops + 4 * width * spec.layers * (work.layers * work.pairs + decoded)
+        kv = spec.kv_bytes * (work.layers * (work.before + work.tokens) + decoded + n)
+        reached, devices = self.device.reached, self.devices
+        compute = flops / (reached[0] * self.device.flops * devices)
+        memory = (self.weight_bytes(work) + kv) / (reached[1] * self.device.bandwidth * devices)
         return compute, memory
 
 
@@ -268,24 +282,24 @@ class Fitted:
 
     def iteration(self, work: Work) -> float:
         """Seconds of one iteration."""
-        chunk, constant, rest = work.chunk, 0.0, 0.0
-        if len(chunk):
-            a, b, c = self.prefill
-            constant, rest = a, work.layers * (b * chunk.sum() + c * (chunk @ (2 * work.context + chunk)))
-        if n := len(work.decode):
+        constant = rest = 0.0
+        if work.tokens:
+            constant, b, c = self.prefill
+            rest = work.layers * (b * work.tokens + c * 2 * work.pairs)
+        if n := work.decodes:
             a, b, c = self.decode if n < self.threshold else self.large
-            constant, rest = max(constant, a), rest + b * work.decode.sum() + c * n
-        return float(constant + rest) / 1e3 / work.share
+            constant, rest = max(constant, a), rest + b * work.held + c * n
+        return (constant + rest) / 1e3 / work.share
 
     def traffic(self, work: Work) -> float:
         """Seconds of bandwidth: none, since these times do not tell them from arithmetic."""
         return 0.0
 
-    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]:
-        """Seconds of each of k iterations that only decode these requests."""
-        n = len(decode)
+    def decode_steps(self, work: Work, k: int) -> Float64[np.ndarray, " k"]:
+        """Seconds of k iterations that only decode: the first one, and those that follow it."""
+        n = work.decodes
         a, b, c = self.decode if n < self.threshold else self.large
-        return (a + b * (decode.sum() + n * np.arange(k)) + c * n) / 1e3
+        return np.arange(k) * (b * n / 1e3) + (a + b * work.held + c * n) / 1e3
 
 
 VLLM = Fitted((22.05, 0.14051, 8.077e-6), (23.48, 5.929e-4, 0.06073), (20.21, 4.908e-4, 0.12000))

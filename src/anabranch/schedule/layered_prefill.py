@@ -17,7 +17,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Int64
 
-from anabranch.schedule.baselines import admit, batch, prompts, running
+from anabranch.schedule.baselines import admit, batch, running
 from anabranch.schedule.cluster import Roofline, Work
 from anabranch.schedule.scheduler import PREFILLING, Scheduler, View
 
@@ -73,19 +73,19 @@ class LayeredPrefill(Scheduler):
     def act(self, state: Layered, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         decode, preempted, free = running(x)
         if not len(state.members):
-            state = self._admit(x, free, x.max_seqs - len(decode), bool(len(preempted)))
+            state = self._admit(x, free, x.max_seqs - len(decode), bool(preempted))
         if not len(state.members):
-            return state, batch(x, decode, preempted, {})
+            return state, batch(decode, preempted, {})
         seats = {int(i): slot for slot, i in enumerate(x.id.tolist()) if i >= 0}
         chunks = {seats[i]: count for i, count in zip(state.members.tolist(), state.tokens.tolist(), strict=True)}
         low, high = state.stage / state.groups, (state.stage + 1) / state.groups
-        made = batch(x, decode, preempted, chunks)._replace(layers=(low, high))
+        made = batch(decode, preempted, chunks)._replace(layers=(low, high))
         through = state.stage + 1 == state.groups
         return (self.init() if through else state._replace(stage=state.stage + 1)), made
 
     def _admit(self, x: View, free: int, seats: int, full: bool) -> Layered:
         """The next set, in the order of arrival, what has been begun first."""
-        order = prompts(x)
+        order = x.prompts
         if full:
             order = [slot for slot in order if x.status[slot] == PREFILLING]
         found = admit(x, order, free, min(self.most, x.max_tokens), seats, whole=False)
@@ -99,7 +99,6 @@ def expert_traffic(cost: Roofline, decode: int, tokens: int, groups: int, chunk:
 
     Returns what layers in groups and what chunks of `chunk` tokens read, the weights read by decodes alone included.
     """
-    held = np.full(decode, 1)
-    one = lambda count, layers: cost.weight_bytes(Work(np.array([count]), np.array([0]), held, layers))
+    one = lambda count, layers: cost.weight_bytes(Work(tokens=count, decodes=decode, layers=layers))
     whole, rest = divmod(tokens, chunk)
     return groups * one(tokens, 1 / groups), whole * one(chunk, 1.0) + (one(rest, 1.0) if rest else 0.0)

@@ -38,12 +38,11 @@ What was decided, and how long each iteration took, can be recorded; `replay.py`
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, Int64
 
 from anabranch.decode.base import Draw
 from anabranch.keep.blocks import block_keys
@@ -104,7 +103,7 @@ class _Sizes(NamedTuple):
     def iteration(self, work: Work) -> float:
         raise NotImplementedError("what a real iteration takes is measured")
 
-    def decode_steps(self, decode: Any, k: int) -> Any:
+    def decode_steps(self, work: Work, k: int) -> Any:
         return self.iteration(Work())
 
     weight_bytes = traffic = iteration
@@ -261,24 +260,23 @@ class Live:
             return False
         view = seats.view(now)
         self.state, batch = self.scheduler.act(self.state, view)
-        if batch.preempt is not None and batch.preempt.any():
+        if batch.preempt:
             self._preempt(batch.preempt)
-        self._idle, self._timer = not (batch.decode.any() or batch.prefill.any()), batch.timer
+        self._idle, self._timer = not (len(batch.decode) or batch.prefill), batch.timer
         if self._idle:
             return False
-        for slot in np.flatnonzero(batch.decode & (seats.status == SWAPPED)).tolist():
+        for slot in [slot for slot in batch.decode if seats.status[slot] == SWAPPED]:
             session = self._at(slot)
             self.places.put(slot, session.away)
             session.away = None
         if seats.index:
-            seats.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
+            seats.keep(batch.keep)
         taken = seats.take(batch, type(self.scheduler).__name__)
         tokens = self._decode(taken.decode)
-        for i in np.lexsort(
-            (seats.id[taken.prompts], taken.fresh)
-        ).tolist():  # who finds what others compute, after them
-            slot, chunk = int(taken.prompts[i]), int(taken.chunk[i])
-            if taken.fresh[i]:
+        # Who finds what others compute, after them.
+        order = lambda what: (what[2], seats.id[what[0]])
+        for slot, chunk, begins in sorted(zip(taken.prompts, taken.chunk, taken.fresh, strict=True), key=order):
+            if begins:
                 self.places.begin(slot)
                 if self.engine.prefixes:
                     self._find(slot)
@@ -288,9 +286,9 @@ class Live:
         end = self.clock()
         if self.record is not None:
             ids = [seats.id[slots].tolist() for slots in (taken.decode, taken.prompts)]
-            self.record.log.append((0, now, *ids, taken.chunk.tolist()))
+            self.record.log.append((0, now, *ids, taken.chunk))
             self.record.ends.append(end)
-        for slot in seats.give(taken, end).tolist():
+        for slot in seats.give(taken, end):
             session, token = self._at(slot), int(tokens[slot])
             session.tokens.append(token)
             session.times.append(end)
@@ -353,16 +351,16 @@ class Live:
 
     def _end(self, session: Session, slot: int | None = None) -> None:
         if slot is not None:
-            self.seats.leave(np.array([slot]))
+            self.seats.leave([slot])
         del self._sessions[session.number]
         session.h = session.away = None
         session.emit(None)
 
-    def _preempt(self, how: Int8[np.ndarray, " N"]) -> None:
-        for slot in np.flatnonzero(how == SWAP).tolist():
+    def _preempt(self, how: Mapping[int, int]) -> None:
+        for slot in [slot for slot, way in how.items() if way == SWAP]:
             self._at(slot).away = self.places.get(slot)
         if self.record is not None:
-            self.record.preemptions += int(np.count_nonzero(how))
+            self.record.preemptions += len(how)
         self.seats.preempt(how)
 
     def _find(self, slot: int) -> None:
@@ -380,10 +378,11 @@ class Live:
         if ids := seats.tables[slot][first:last]:
             self.places.share(slot, ids, first)
 
-    def _decode(self, slots: Int64[np.ndarray, " k"]) -> dict[int, int]:
+    def _decode(self, decode: list[int]) -> dict[int, int]:
         """One token more for each of these."""
-        if not len(slots):
+        if not decode:
             return {}
+        slots = np.array(sorted(decode))
         rows = max(2, 1 << (len(slots) - 1).bit_length())  # XLA would copy the memory for one
         pad = rows - len(slots)
         sessions = [self._at(slot) for slot in slots.tolist()]

@@ -16,7 +16,7 @@ from anabranch.models.llama import LENGTHS, Decoder
 from anabranch.schedule.baselines import FCFS
 from anabranch.schedule.cluster import Fitted, LMSpec, Work
 from anabranch.schedule.live import Live, Record, Session
-from anabranch.schedule.scheduler import DECODING, Scheduler
+from anabranch.schedule.scheduler import Scheduler
 from anabranch.schedule.serving import Result, simulate_serving
 from anabranch.schedule.workload import Workload
 from anabranch.sessions import Ask
@@ -117,7 +117,7 @@ def measure(model: Decoder, sessions: int = 8, repeats: int = 3) -> Fitted:
         for length in (most // 8, most // 2):
             for _ in range(count):
                 begin(max(1, length), 4 + repeats)
-            while (live.seats.status == DECODING).sum() < count:
+            while len(live.seats.decoding) < count:
                 live.turn()
             turn()
             for _ in range(repeats):
@@ -144,7 +144,7 @@ class _Measured:
     def iteration(self, work: Work) -> float:
         return next(self.times, self.mean)
 
-    def decode_steps(self, decode: Any, k: int) -> Any:
+    def decode_steps(self, work: Work, k: int) -> Any:
         raise NotImplementedError("iterations are replayed one by one")
 
     def weight_bytes(self, work: Work) -> float:

@@ -4,12 +4,13 @@ A scheduler reads nothing but its `View`: no clock, no simulator, no server. So 
 (`serving.py`) and by live sessions (`live.py`).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int8, Int64
+from jaxtyping import Float64, Int64
 
 from anabranch.cell import Policy, State
 from anabranch.schedule.cluster import Work
@@ -23,74 +24,106 @@ SWAP, RECOMPUTE = 1, 2
 
 def blocks(tokens: Any, block: int, most: int | None) -> Any:
     """Blocks for so many tokens of a request, of which `most` are kept, or all."""
-    return -(-(tokens if most is None else np.minimum(tokens, most)) // block)
+    if most is not None:
+        tokens = min(tokens, most) if isinstance(tokens, int) else np.minimum(tokens, most)
+    return -(-tokens // block)
 
 
-class View(NamedTuple):
-    """What an engine's scheduler sees. Arrays are over slots, in no order; they must not be written to."""
+class View:
+    """What an engine's scheduler sees. Arrays are over slots, in no order; none of it may be written to."""
 
-    now: float
-    id: Int64[np.ndarray, " N"]
+    __slots__ = ("_found", "_seats", "now", "worker")
+
+    def __init__(self, now: float, seats: Any, worker: str = "both"):
+        """Of `seats.Seats`."""
+        self.now, self.worker, self._seats, self._found = now, worker, seats, None
+
+    def of(self, worker: str) -> "View":
+        """The same for another worker: `prefill` or `decode`, in an engine with two, whose next iteration it is."""
+        return View(self.now, self._seats, worker)
+
+    id = property(lambda self: self._seats.id)
     """Increases in the order of arrival; -1 where the slot is empty."""
-    status: Int8[np.ndarray, " N"]
-    arrival: Float64[np.ndarray, " N"]
-    prompt: Int64[np.ndarray, " N"]
+    status = property(lambda self: self._seats.status)
+    arrival = property(lambda self: self._seats.arrival)
+    prompt = property(lambda self: self._seats.prompt)
     """Tokens to prefill; after a preemption with those generated so far."""
-    done: Int64[np.ndarray, " N"]
+    done = property(lambda self: self._seats.done)
     """Tokens in the cache."""
-    generated: Int64[np.ndarray, " N"]
-    blocks: Int64[np.ndarray, " N"]
-    """Those it has; of one that waits, those it would get without taking a free one."""
-    first_emit: Float64[np.ndarray, " N"]
+    generated = property(lambda self: self._seats.generated)
+    first_emit = property(lambda self: self._seats.first)
     """When the first token came; NaN before."""
-    last_emit: Float64[np.ndarray, " N"]
-    ttft: Float64[np.ndarray, " N"]
-    tds: Float64[np.ndarray, " N"]
-    preempted: Int64[np.ndarray, " N"]
+    last_emit = property(lambda self: self._seats.last)
+    ttft = property(lambda self: self._seats.ttft)
+    tds = property(lambda self: self._seats.tds)
+    preempted = property(lambda self: self._seats.preempted)
     """How often it has been."""
-    limit: Int64[np.ndarray, " N"]
+    limit = property(lambda self: self._seats.limit)
     """Tokens it will generate, where the scheduler may know; else -1."""
-    free_blocks: int
-    block: int
-    """Tokens of a block."""
-    total_blocks: int
-    queued: int
-    """Requests for which there is no slot yet."""
-    max_tokens: int
-    """In an iteration."""
-    max_seqs: int
-    """Requests in an iteration."""
-    hit: Int64[np.ndarray, " N"]
+    blocks = property(lambda self: self._cached[0])
+    """Those it has; of one that waits, those it would get without taking a free one."""
+    hit = property(lambda self: self._cached[1])
     """As `done`; of one that waits, the tokens of its prompt that it would find in the cache."""
-    own: Int64[np.ndarray, " N"]
+    own = property(lambda self: self._cached[2])
     """Blocks that nobody else has: those that come free when it goes."""
-    worker: str = "both"
-    """Whose next iteration it is: `prefill` or `decode` in an engine with two workers."""
-    max_kept: int | None = None
-    """As the engine's."""
+
+    decoding = property(lambda self: self._seats.decoding)
+    """A list of the slots that decode."""
+    growth = property(lambda self: self._seats.growth)
+    """Blocks that all of these together need for a token more."""
+    prompts = property(lambda self: [*self._seats.begun, *self._seats.waiting])
+    """A list of the slots with prompts to prefill, first come first, and before them those that have been begun."""
+
+    free_blocks = property(lambda self: self._seats.free)
+    total_blocks = property(lambda self: self._seats.total)
+    queued = property(lambda self: len(self._seats.queue))
+    """Requests for which there is no slot yet."""
+    block = property(lambda self: self._seats.engine.block)
+    """Tokens of a block."""
+    max_tokens = property(lambda self: self._seats.engine.max_tokens)
+    """In an iteration."""
+    max_seqs = property(lambda self: self._seats.engine.max_seqs)
+    """Requests in an iteration."""
+
+    @property
+    def _cached(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        seats = self._seats
+        if not seats.index:
+            return seats.blocks, seats.done, seats.blocks
+        if self._found is None:
+            self._found = seats.found()
+        return self._found
 
     def need(self, tokens: Any) -> Any:
         """Blocks for so many tokens of a request."""
-        return blocks(tokens, self.block, self.max_kept)
+        return self._seats.engine.need(tokens)
+
+    def left(self, slot: int) -> tuple[int, int]:
+        """Of a prompt: tokens that are still to be prefilled, and blocks that it needs for them."""
+        seats = self._seats
+        hit, blocks = (self.hit, self.blocks) if seats.index else seats.aside[:2]
+        prompt = int(seats.prompt[slot])
+        return prompt - int(hit[slot]), seats.engine.need(prompt) - int(blocks[slot])
 
 
 class Batch(NamedTuple):
     """What the next iteration does."""
 
-    decode: Bool[np.ndarray, " N"]
-    prefill: Int64[np.ndarray, " N"]
-    """Tokens of each prompt, after those that the cache holds."""
-    preempt: Int8[np.ndarray, " N"] | None = None
-    """`SWAP`, `RECOMPUTE`, or 0."""
+    decode: Sequence[int] | Int64[np.ndarray, " a"] = ()
+    """Slots."""
+    prefill: Mapping[int, int] = {}
+    """Tokens of the prompts in these slots, after those that the cache holds."""
+    preempt: Mapping[int, int] = {}
+    """`SWAP` or `RECOMPUTE` for these slots."""
     layers: tuple[float, float] = (0.0, 1.0)
     """The part of the layers through which prompts go, from and to; a prompt is prefilled after the last of them."""
     timer: float | None = None
     """If there is nothing to do: when to ask again, unless a request comes before."""
     share: float = 1.0
     """The share of the device's units that the iteration may use. Those of two workers may be more than 1 together."""
-    keep: Bool[np.ndarray, " N"] | None = None
-    """Who waits and is to find what the cache now holds of its prompt: that stays, used or not, until a later batch
-    does not say so."""
+    keep: Sequence[int] = ()
+    """Slots of those who wait and are to find what the cache now holds of their prompts: that stays, used or not, until
+    a later batch does not say so."""
 
 
 class Scheduler(Policy):
@@ -142,7 +175,7 @@ class Cost(Protocol):
     @property
     def kv_tokens(self) -> int: ...
     def iteration(self, work: Work) -> float: ...
-    def decode_steps(self, decode: Int64[np.ndarray, " b"], k: int) -> Float64[np.ndarray, " k"]: ...
+    def decode_steps(self, work: Work, k: int) -> Float64[np.ndarray, " k"]: ...
     def weight_bytes(self, work: Work) -> float: ...
     def traffic(self, work: Work) -> float: ...
 

@@ -37,8 +37,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int64
 
 from anabranch.cell import Event, Learner, Maybe
-from anabranch.schedule.baselines import admit, batch, prompts, running
-from anabranch.schedule.scheduler import DECODING, Batch, Scheduler, View
+from anabranch.schedule.baselines import admit, batch, running
+from anabranch.schedule.scheduler import Batch, Scheduler, View
 
 KEPT = 8
 """Observations of each phase."""
@@ -192,16 +192,15 @@ class FixedShares(Scheduler):
     def act(self, state: Any, x: View):  # pyright: ignore[reportIncompatibleMethodOverride]
         prefill, decode = state.shares
         if x.worker == "prefill":
-            seats = x.max_seqs - int((x.status == DECODING).sum())
-            found = admit(x, prompts(x), x.free_blocks, min(self.saturating, x.max_tokens), seats, whole=True)
-            none = np.zeros(0, np.int64)
-            return state, batch(x, none, none, found)._replace(share=prefill / 100)
+            seats, budget = x.max_seqs - len(x.decoding), min(self.saturating, x.max_tokens)
+            found = admit(x, x.prompts, x.free_blocks, budget, seats, whole=True)
+            return state, Batch(prefill=found, share=prefill / 100)
         if x.worker != "decode":
             raise ValueError(f"{type(self).__name__} is for engines with two workers, got the worker {x.worker!r}")
         slots, preempted, left = running(x)
         if left < 0:  # the prompt that is under way holds what the only decode needs
-            slots = preempted = slots[:0]
-        return state, batch(x, slots, preempted, {})._replace(share=decode / 100)
+            slots = preempted = []
+        return state, batch(slots, preempted, {})._replace(share=decode / 100)
 
 
 class Control(NamedTuple):
@@ -259,9 +258,9 @@ class SemiPD(FixedShares):
 
     def learn(self, state: Control, x: View, decision: Batch, feedback: float) -> Control:  # pyright: ignore
         now = x.now + feedback
-        through = decision.prefill > 0
-        first = now - x.arrival[through & (x.preempted == 0)]
-        phase, found = (0, first) if through.any() else (1, np.array([feedback]))
+        through = np.array(list(decision.prefill), np.int64)
+        first = now - x.arrival[through[x.preempted[through] == 0]]
+        phase, found = (0, first) if len(through) else (1, np.array([feedback]))
         seen, n = state.seen.copy(), state.n.copy()
         seen[phase, (n[phase] + np.arange(len(found))) % self.window] = found
         n[phase] += len(found)
@@ -270,7 +269,9 @@ class SemiPD(FixedShares):
 
     def _adjust(self, state: Control, view: View, now: float, through: np.ndarray) -> Control:
         """The end of a window."""
-        waiting = view.arrival[(view.id >= 0) & np.isnan(view.first_emit) & ~through]
+        waits = (view.id >= 0) & np.isnan(view.first_emit)
+        waits[through] = False
+        waiting = view.arrival[waits]
         ttft = np.append(state.seen[0], now - waiting.min() if len(waiting) else np.nan)
         both = [one[np.isfinite(one)] for one in (ttft, state.seen[1])]
         seen = np.array([np.percentile(one, self.percentile) if len(one) else np.nan for one in both])
@@ -371,15 +372,15 @@ class TimeSlices(Scheduler):
         inner, used = state
         first = int(used[1] < used[0])
         for turn in (first, 1 - first):
-            inner, made = self.scheduler.act(inner, x._replace(worker=WORKERS[turn]))
-            if made.decode.any() or made.prefill.any():
+            inner, made = self.scheduler.act(inner, x.of(WORKERS[turn]))
+            if len(made.decode) or made.prefill:
                 break
             used = used[1 - turn], used[1 - turn]  # it has nothing to do: the other goes on from where both are
         return Sliced(inner, used), made
 
     def learn(self, state: Sliced, x: View, decision: Batch, feedback: float) -> Sliced:  # pyright: ignore
-        turn = 0 if decision.prefill.any() else 1
-        inner = self.scheduler.learn(state.inner, x._replace(worker=WORKERS[turn]), decision, feedback)
+        turn = 0 if decision.prefill else 1
+        inner = self.scheduler.learn(state.inner, x.of(WORKERS[turn]), decision, feedback)
         used = list(state.used)
         used[turn] += feedback / state.inner.shares[turn]
         return Sliced(inner, (used[0] - min(used), used[1] - min(used)))

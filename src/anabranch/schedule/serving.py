@@ -24,8 +24,9 @@ from jaxtyping import Float64, Int64
 
 from anabranch.cell import State
 from anabranch.schedule.cluster import Work, side_by_side
-from anabranch.schedule.scheduler import DECODING, DONE, EMPTY, SWAP, Batch, Engine, Scheduler, View
-from anabranch.schedule.seats import Asked, Seats, Taken
+from anabranch.schedule.scheduler import DECODING, DONE, SWAP, Batch, Engine, Scheduler, View
+from anabranch.schedule.seats import Asked, Taken
+from anabranch.schedule.stride import Emit, Striding
 from anabranch.schedule.workload import Workload
 
 EPS = 1e-9
@@ -117,7 +118,7 @@ class _Loop:
     idle: bool = True
     wake: int = 0
     """Rises whenever what was said to come for it is no longer so."""
-    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    slots: set[int] = field(default_factory=set)
     """Of the iteration under way. This and what follows is for engines with two workers."""
     work: Work | None = None
     """The iteration under way."""
@@ -131,11 +132,11 @@ class _Loop:
     takes: float = 1.0
 
 
-class _Running(Seats):
+class _Running(Striding):
     """An engine at work."""
 
-    def __init__(self, engine: Engine, number: int, oracle: bool, state: State):
-        super().__init__(engine, number, oracle)
+    def __init__(self, engine: Engine, number: int, oracle: bool, emit: Emit, fast: bool, state: State):
+        super().__init__(engine, number, oracle, emit, fast)
         self.state = state
         self.loops = [_Loop(worker) for worker in (["both"] if engine.workers == 1 else ["decode", "prefill"])]
 
@@ -161,9 +162,13 @@ class _Simulation:
     def __init__(self, load: Workload, engines: Sequence[Engine], scheduler: Scheduler, fast: bool, record: bool):
         self.load, self.scheduler, self.record = load, scheduler, record
         self.fast = fast and scheduler.steady and not record
-        self.engines = [_Running(engine, i, scheduler.oracle, scheduler.init()) for i, engine in enumerate(engines)]
         ends = np.concatenate([[0], np.cumsum(load.output)])
         self.result = Result(load, sum(e.devices for e in engines), ends, np.full(int(ends[-1]), np.nan), [])
+        self.ends, self.prompts, self.outputs = ends.tolist(), load.prompt.tolist(), load.output.tolist()
+        self.engines = [
+            _Running(engine, i, scheduler.oracle, self.emit, self.fast, scheduler.init())
+            for i, engine in enumerate(engines)
+        ]
         kind = type(scheduler)  # plain functions: those that Equinox binds are slow to call
         self.act, self.learn = partial(kind.act, scheduler), partial(kind.learn, scheduler)
         self.arrivals = [*load.arrival.tolist(), np.inf]
@@ -171,6 +176,10 @@ class _Simulation:
         self.count = 0
         self.pulls: deque[tuple[int, int]] = deque()  # (engine, slot) of what is to go to a decode engine
         self.next = 0
+
+    def emit(self, request: int, first: int, times: Float64[np.ndarray, " k"]) -> None:
+        start = self.ends[request] + first
+        self.result.emitted[start : start + len(times)] = times
 
     def at(self, time: float, what: Callable[[float], None]) -> None:
         self.count += 1
@@ -186,6 +195,9 @@ class _Simulation:
                 self.arrive(comes)
             else:
                 heapq.heappop(self.events)[3](time)
+        for one in self.engines:
+            if one.striding:
+                one.halt()
         self.result.peak = max((one.peak for one in self.engines), default=0)
         left = sum(one.requests for one in self.engines)
         if left and until == np.inf:
@@ -195,7 +207,7 @@ class _Simulation:
     def arrive(self, now: float) -> None:
         i = self.next
         self.next += 1
-        most = int(self.load.prompt[i] + self.load.output[i])
+        most = self.prompts[i] + self.outputs[i]
         fits = [one for one in self.engines if one.engine.need(most) <= one.engine.blocks]
         roles = {one.engine.role for one in fits}
         if not roles & {"both", "prefill"} or not roles & {"both", "decode"}:
@@ -205,13 +217,13 @@ class _Simulation:
         one = self.engines[number]
         one.queue.append(i)
         one.requests += 1
-        one.waiting_tokens += int(self.load.prompt[i])
+        one.waiting_tokens += self.prompts[i]
         self.ask(one, now)
 
-    def asked(self, i: int, one: _Running) -> Asked:
+    def asked(self, one: _Running, i: int) -> Asked:
         load = self.load
         keys = load.keys(i, one.engine.block) if one.index else []
-        return Asked(load.arrival[i], int(load.prompt[i]), int(load.output[i]), load.ttft[i], load.tds[i], keys)
+        return Asked(self.arrivals[i], self.prompts[i], self.outputs[i], load.ttft[i], load.tds[i], keys)
 
     def ask(self, one: _Running, now: float, stopped: bool = False) -> None:
         """Begin the next iteration of each worker that has none."""
@@ -238,52 +250,61 @@ class _Simulation:
 
     def begin(self, one: _Running, loop: _Loop, now: float) -> bool:
         """Ask for a worker's next iteration, and run it; returns whether there is one."""
-        one.seat(lambda i: self.asked(i, one))
+        if one.queue:
+            one.seat(partial(self.asked, one))
         view = one.view(now, loop.worker)
         one.state, batch = self.act(one.state, view)
         extra = 0.0
-        if batch.preempt is not None and batch.preempt.any():
-            extra = self.moved(one, int(one.done[batch.preempt == SWAP].sum()))
-            self.result.preemptions += int(np.count_nonzero(batch.preempt))
+        if batch.preempt:
+            extra = self.moved(one, [slot for slot, how in batch.preempt.items() if how == SWAP])
+            self.result.preemptions += len(batch.preempt)
             one.preempt(batch.preempt)
         if one.index:
-            one.keep(np.flatnonzero(batch.keep if batch.keep is not None else ()))
+            one.keep(batch.keep)
         loop.wake += 1
         if len(one.loops) > 1:
             self.apart(one, loop, batch)
         taken = one.take(batch, type(self.scheduler).__name__)
         decode, prompts = taken.decode, taken.prompts
-        if not len(decode) and not len(prompts):
+        if not decode and not prompts:
             if batch.timer is not None:
-                again = lambda t, asked=loop.wake: self.ask(one, t) if loop.wake == asked else None
-                self.at(max(batch.timer, now + EPS), again)
+                self.at(max(batch.timer, now + EPS), partial(self.again, one, loop, loop.wake))
             return False
         loop.idle = False
-        if len(taken.back):
-            extra += self.moved(one, int(one.done[taken.back].sum()))
+        if taken.back:
+            extra += self.moved(one, taken.back)
+        done = one.aside.done
         if one.index:
-            self.result.cached += int(one.done[prompts[taken.fresh & (one.preempted[prompts] == 0)]].sum())
-        if len(prompts) and taken.whole:
-            self.result.prefilled += int(taken.chunk.sum())
-        cost = one.engine.cost
-        fast = self.fast and len(one.loops) == 1 and batch.share == 1.0
-        if fast and not len(prompts) and not extra and batch.preempt is None:
-            steps = self.steps(one, decode)
-            if steps > 1:
-                ends = now + cost.decode_steps(one.done[decode], steps).cumsum()
-                comes = self.arrivals[self.next]
-                if one.engine.role != "both":  # others may send it requests, or take some away
-                    comes = min(comes, self.events[0][0] if self.events else np.inf)
-                steps = min(steps, int(ends.searchsorted(comes)) + 1)
-                self.decoded(one, loop, decode, ends[:steps], batch, view)
-                return True
+            known = [slot for slot, begins in zip(prompts, taken.fresh, strict=True) if begins]
+            self.result.cached += sum(int(done[slot]) for slot in known if not one.preempted[slot])
+        if prompts and taken.whole:
+            self.result.prefilled += sum(taken.chunk)
         low, high = batch.layers
-        work = Work(taken.chunk, one.done[prompts], one.done[decode], high - low, batch.share)
+        tokens = before = twice = held = 0
+        for slot, count in zip(prompts, taken.chunk, strict=True):
+            then = int(done[slot])
+            tokens, before, twice = tokens + count, before + then, twice + count * (2 * then + count)
+        if decode:
+            held = one.context if one.striding else int(one.done[decode].sum())
+        work = Work(tokens, before, twice / 2, len(decode), held, high - low, batch.share)
+        cost = one.engine.cost
+        if one.striding and not prompts and not extra and batch.share == 1.0 and (steps := one.left()) > 1:
+            ends = now + cost.decode_steps(work, steps).cumsum()
+            comes = self.arrivals[self.next]
+            if one.engine.role != "both":  # others may send it requests, or take some away
+                comes = min(comes, self.events[0][0] if self.events else np.inf)
+            ends = ends[: int(ends.searchsorted(comes)) + 1]
+            over, k = float(ends[-1]), len(ends)
+            one.stride(ends)
+            self.result.weight_bytes += k * cost.weight_bytes(work)
+            self.account(now, over, k)
+            self.at(over, partial(self.after, one, loop, now, [], view, batch))
+            return True
         self.result.weight_bytes += cost.weight_bytes(work)
         if self.record:
-            tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), taken.chunk.tolist())
+            tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), taken.chunk)
             self.result.log.append((one.number, now, *tokens))
-        then = lambda t: self.end(one, loop, now, t, taken, view, batch)
+        then = partial(self.end, one, loop, now, taken, view, batch)
         if len(one.loops) > 1:
             loop.work, loop.then, loop.extra, loop.left, loop.since = work, then, extra, 1.0, now
         else:
@@ -292,50 +313,32 @@ class _Simulation:
 
     def apart(self, one: _Running, loop: _Loop, batch: Batch) -> None:
         """See that a worker does its own work only, and leaves alone what the other is busy with."""
-        if (batch.prefill if loop.worker == "decode" else batch.decode).any():
+        if len(batch.prefill if loop.worker == "decode" else batch.decode):
             raise RuntimeError(f"{type(self.scheduler).__name__} gives the {loop.worker} worker what is not its work")
-        busy = [other.slots for other in one.loops if not other.idle and other is not loop]
-        if batch.preempt is not None and busy and batch.preempt[busy[0]].any():
+        if any(not other.idle and other.slots & batch.preempt.keys() for other in one.loops if other is not loop):
             raise RuntimeError(f"{type(self.scheduler).__name__} preempts what the other worker is busy with")
-        loop.slots = np.flatnonzero(batch.decode | (batch.prefill > 0))
+        loop.slots = {*batch.decode, *batch.prefill}
 
     @staticmethod
-    def moved(one: _Running, tokens: int) -> float:
-        return tokens * one.engine.cost.kv_bytes / one.engine.host
+    def moved(one: _Running, slots: list[int]) -> float:
+        """Seconds in which caches go to or from host memory."""
+        return sum(int(one.done[slot]) for slot in slots) * one.engine.cost.kv_bytes / one.engine.host
 
-    @staticmethod
-    def steps(one: _Running, decode: np.ndarray) -> int:
-        """How many iterations are sure to only decode: until one ends, or blocks run out."""
-        most = int((one.output[decode] - one.generated[decode]).min())
-        done, held = one.done[decode], one.blocks[decode]
-        blocks = lambda k: int(np.maximum(one.engine.need(done + k) - held, 0).sum())
-        if blocks(most) > one.free:
-            low, high = 1, most
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if blocks(middle) <= one.free else (low, middle)
-            most = low
-        return min(most, 4096)
+    def again(self, one: _Running, loop: _Loop, asked: int, now: float) -> None:
+        """When a batch that did nothing said, unless something has happened since."""
+        if loop.wake == asked:
+            self.ask(one, now)
 
-    def decoded(
-        self, one: _Running, loop: _Loop, decode: np.ndarray, ends: np.ndarray, batch: Batch, view: View
-    ) -> None:
-        """Several iterations that only decode, at once."""
-        k, done, generated = len(ends), one.done[decode], one.generated[decode]
-        at = (self.result.ends[one.id[decode]] + generated)[:, None] + np.arange(k)
-        self.result.emitted[at] = ends
-        one.hold(decode, done + k)
-        one.done[decode], one.generated[decode], one.last[decode] = done + k, generated + k, ends[-1]
-        self.result.weight_bytes += k * one.engine.cost.weight_bytes(Work(decode=done))
-        self.account(view.now, float(ends[-1]), k)
-        self.at(float(ends[-1]), lambda t: self.after(one, loop, view.now, t, decode, view, batch))
-
-    def end(self, one: _Running, loop: _Loop, start: float, now: float, taken: Taken, view: View, batch: Batch) -> None:
+    def end(self, one: _Running, loop: _Loop, start: float, taken: Taken, view: View, batch: Batch, now: float) -> None:
         """What an iteration leaves behind."""
         slots = one.give(taken, now)
-        self.result.emitted[self.result.ends[one.id[slots]] + one.generated[slots] - 1] = now
+        if one.striding:
+            for slot in slots:
+                self.result.emitted[self.ends[one.id[slot]] + one.tokens(slot) - 1] = now
+        elif slots:
+            self.result.emitted[self.result.ends[one.id[slots]] + one.generated[slots] - 1] = now
         self.account(start, now, 1)
-        self.after(one, loop, start, now, slots, view, batch)
+        self.after(one, loop, start, slots, view, batch, now)
 
     def account(self, start: float, end: float, iterations: int) -> None:
         self.result.busy += end - start
@@ -343,16 +346,21 @@ class _Simulation:
         self.result.seconds = max(self.result.seconds, end)
 
     def after(
-        self, one: _Running, loop: _Loop, start: float, now: float, decode: np.ndarray, view: View, batch: Batch
+        self, one: _Running, loop: _Loop, start: float, decode: list[int], view: View, batch: Batch, now: float
     ) -> None:
-        over = decode[one.generated[decode] >= one.output[decode]]
-        if len(over):
-            one.leave(over)
+        if one.striding:
+            over = one.over()
+        else:
+            over = [
+                slot for slot, ends in zip(decode, one.generated[decode] >= one.output[decode], strict=True) if ends
+            ]
+        one.leave(sorted(over))
         if one.engine.role == "prefill":
-            for slot in np.flatnonzero(one.status == DECODING).tolist():
-                one.status[slot] = DONE
+            for slot in list(one.decoding):
+                one.put(slot, DONE)
                 self.pulls.append((one.number, slot))
-        self.pull(now)
+        if self.pulls:
+            self.pull(now)
         one.state = self.learn(one.state, view, batch, now - start)
         loop.idle = True
         self.ask(one, now, stopped=True)
@@ -369,24 +377,24 @@ class _Simulation:
                 if other.engine.role == "decode"
                 and other.free - need >= 0.1 * other.engine.blocks * (other.requests > 0)
                 and other.free >= need
-                and (other.status == EMPTY).any()
+                and other.empty
             ]
             if not room:
                 return
             self.pulls.popleft()
             other = min(room, key=lambda load: (load.requests, load.number))
-            to = int(np.flatnonzero(other.status == EMPTY)[0])
+            to = heapq.heappop(other.empty)
             one.move(slot, other, to)
-            other.status[to] = DONE  # until it is there
+            other.put(to, DONE)  # until it is there
             other.requests += 1
-            other.hold(np.array([to]), np.array([one.done[slot] + 1]))
+            other.hold(to, int(one.done[slot]) + 1)
             took = int(one.done[slot]) * one.engine.cost.kv_bytes / min(one.engine.link, other.engine.link)
             self.result.transfer += took
             self.at(now + took, lambda t, a=one, b=other, i=slot, j=to: self.pulled(a, b, i, j, t))
 
     def pulled(self, one: _Running, other: _Running, slot: int, to: int, now: float) -> None:
-        one.leave(np.array([slot]))
-        other.status[to] = DECODING
+        one.leave([slot])
+        other.put(to, DECODING)
         for engine in (one, other):
             self.ask(engine, now)
 
