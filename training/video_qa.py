@@ -1,12 +1,12 @@
 """Trains `models/video_qa.py` to watch streams of MNIST digits and answer questions about them.
 
 First the stem learns to read single frames. Then the model answers questions: about short clips with many scenes, of
-whose frames one patch is shown, then four, then all, and then about clips of 64 frames. At last these are 64 frames out
-of up to 256, which bring as many scenes, as large ticks and as much to attend to as the longer clip would, so that the
-model bears 192 frames without ever being shown more than 64. All questions about a clip are asked in one pass; a third
-of the clips has a standing alert, in a tenth the rounds stay. No part of a clip is ever forgotten. Over an hour on two
-quiet cores; `anabranch train video_qa --from` weights of the first stages goes on with the others. Needs MNIST in the
-folder of data sets.
+whose frames one patch is shown, then four, then all, and then about clips of 64 frames. At last these are 64 frames
+out of up to 256, which bring as many scenes, as large ticks and as much to attend to as the longer clip would, so
+that the model bears 192 frames without ever being shown more than 64; the last two stages also ask more often for
+counts. All questions about a clip are asked in one pass; a third of the clips has a standing alert, in a tenth the
+rounds stay. No part of a clip is ever forgotten. Over an hour on two quiet cores; `anabranch train video_qa --from`
+weights of the first stages goes on with the others. Needs MNIST in the folder of data sets.
 """
 
 import dataclasses
@@ -71,6 +71,10 @@ class Stage(NamedTuple):
     thin: int = 0
     """If not 0, a clip is a longer one of which only some frames are shown: one in up to so many, on average between 1
     and half of it. Each then counts as often as frames are left out after it, and itself."""
+    palette: int = 6
+    """Different digits in a clip: of fewer, each comes more often."""
+    counting: float = 0.0
+    """The share of rounds that ask for counts beside their usual one."""
 
 
 STEM = 800
@@ -82,6 +86,8 @@ STAGES = (
     Stage(64, (8, 24), 4, 4, 8, 32, 360, 1e-3, 0.3, thin=7),
     Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
     Stage(64, (8, 24), 16, 4, 4, 32, 120, 7e-4, 0.3, thin=7),
+    Stage(64, (8, 24), 4, 4, 8, 32, 300, 1e-3, 0.3, thin=7, palette=4, counting=0.5),
+    Stage(64, (8, 24), 16, 4, 4, 32, 150, 7e-4, 0.3, thin=7, counting=0.3),
 )
 MIDDLE = jnp.array([5, 6, 9, 10])
 KINDS = jnp.array([DIGIT, WHERE, BACK, BACK, FIRST, COUNT, SEEN])
@@ -156,6 +162,8 @@ def clip(world: World, stage: Stage, key: PRNGKeyArray) -> Clip:
         stream, times = thinned(stream, jnp.cumsum(stride)), jnp.append(stride[1:], 1)
     stays = (draw("stays") < 0.1) & (R <= F)
     kind = KINDS[jax.random.randint(noise(key, 0, "kinds"), (R,), 0, len(KINDS))]
+    if stage.counting:
+        kind = jnp.where(draw("counts", R) < stage.counting, COUNT, kind)
     # One round in each R-th of the clip; before the first there is only the alert.
     at = ((jnp.arange(R) + draw("at", R)) * F / R).astype(jnp.int32)
     keys = jax.vmap(lambda i: noise(key, i, "round"))(jnp.arange(R))
@@ -249,7 +257,8 @@ def train(key: PRNGKeyArray, start: Path | None = None) -> tuple[VideoQA, dict[s
         taught = Taught(model, jnp.zeros((3, SIZES.width, 10)))
 
     for number, stage in list(enumerate(STAGES))[done:]:
-        mine, objective = dataclasses.replace(world, scene=stage.scene), partial(loss, hints=stage.hints)
+        mine = dataclasses.replace(world, scene=stage.scene, palette=stage.palette)
+        objective = partial(loss, hints=stage.hints)
 
         def batch(key: PRNGKeyArray, i: Array, mine: World = mine, stage: Stage = stage) -> Clip:
             return several(partial(clip, mine, stage), key, i, stage.batch)

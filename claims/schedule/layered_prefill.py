@@ -5,24 +5,46 @@ Simulated: Qwen3-30B-A3B on two H100 with the lengths of Azure's code and conver
 baselines: chunks of 512 and of 1,024, and whole prompts mixed in (Orca). Llama-3-8B on one H100 is the control without
 experts. Weights that are read stand for energy, which is not modelled.
 
-Not shown: a real mixture driven by both schedulers; that needs a trained one, which comes with the language models.
+And really served: `moe_lm:wide`, 4 layers of 16 experts of which 2 work on a token, answers 200 requests of the
+conversation trace, a twentieth as long, under both schedulers (chunks, and the tokens of a group, too), all of them
+asked at once. What its routers choose says which experts each layer of each iteration has to load. Where the formula
+for uniform routing, on the same iterations, says at most 0.75, they must be at most 0.8; elsewhere they are reported.
+Answers must be what the model says alone, greedily.
 """
 
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
 
 from anabranch.claim import Comparison, Size
+from anabranch.keep.text import domains
+from anabranch.layers.experts import choose
+from anabranch.models.llama import Decoder
+from anabranch.models.moe_lm import load, trace
 from anabranch.schedule.baselines import Chunked, Orca
 from anabranch.schedule.cluster import DEVICES, MODELS, Roofline
 from anabranch.schedule.layered_prefill import LayeredPrefill
+from anabranch.schedule.live import Live
 from anabranch.schedule.scheduler import Engine, Scheduler
 from anabranch.schedule.serving import Result, goodput, simulate_serving
 from anabranch.schedule.workload import Workload
+from anabranch.sessions import Ask
 
 FIRST_SEED = 100
 TTFT, TPOT = 1.0, 0.05
+SHORTER, UNIT = 20, 26
+"""By how much real requests are shorter than those of the trace, and the chunks of 512 that go with them."""
+ROOM, MOST = 1024, 64
+"""Tokens for which a session has room, and of an answer."""
 
 
-def requests(name: str, size: Size) -> Workload:
+def requests(name: Any, size: Size) -> Workload:
     return Workload.azure(name).head(60 if size.smoke else 1000)
 
 
@@ -70,7 +92,125 @@ def experiment(size: Size) -> list[Comparison]:
         Comparison(f"{said}, not below", *ttft, 0.75, kind="ratio", better="higher"),
     ]
     out[1].note = grid(moe, size, sustained, seeds[:2])
-    return out
+    return out + real(size)
+
+
+def real(size: Size) -> list[Comparison]:
+    """A trained mixture under both schedulers."""
+    whole = Workload.azure("conv")
+    n, seeds = (4, (FIRST_SEED,)) if size.smoke else (200, [FIRST_SEED + i for i in size.seeds(3)])
+    told, loads, wrong = [], {}, []
+    for name, sessions in (("wide", 4),) if size.smoke else (("wide", 4), ("wide", 2), ("wide", 8), ("strong", 4)):
+        model = Decoder(load(name), ROOM)
+        for seed in seeds if (name, sessions) == ("wide", 4) else seeds[:1]:
+            rng = np.random.default_rng(seed)
+            rows = np.sort(rng.choice(len(whole), n, replace=False))
+            asks = [
+                Ask(prompt.tolist(), int(answer))
+                for prompt, answer in zip(
+                    texts(rng, np.maximum(1, whole.prompt[rows] // SHORTER).clip(max=ROOM - MOST)),
+                    np.maximum(1, whole.output[rows] // SHORTER).clip(max=MOST),
+                    strict=True,
+                )
+            ]
+            pair = [
+                loaded(model, asks, sessions, kind)
+                for kind in (watched(LayeredPrefill)(layers=4, unit=UNIT), watched(Chunked)(chunk=UNIT))
+            ]
+            found, foretold, other = (list(column) for column in zip(*pair, strict=True))
+            loads.setdefault((name, sessions), []).append((found, foretold))
+            wrong.append(float(sum(other)))
+    for (name, sessions), rows in loads.items():
+        (ours, theirs), (one, two) = np.array(rows, float).sum(0)
+        told.append(f"{name}, {sessions} at a time: {ours / theirs:.3f}, foretold {one / two:.3f}")
+    ours, theirs = zip(*(found for found, _ in loads["wide", 4]), strict=True)
+    return [
+        Comparison(
+            "experts loaded for a real mixture, over chunks", list(map(float, ours)), list(map(float, theirs)), 0.8,
+            kind="ratio", better="lower", note="of all iterations and layers: " + "; ".join(told),
+        ),
+        Comparison(
+            "answers that are not what the model says alone", wrong, [0.0] * len(wrong), 0.0, better="lower",
+            note="under either scheduler",
+        ),
+    ]  # fmt: skip
+
+
+def texts(rng: np.random.Generator, lengths: np.ndarray) -> list[np.ndarray]:
+    """Prompts from held-out text of all kinds."""
+    kinds = list(domains(held_out=True).values())
+    chosen = [kinds[i] for i in rng.integers(0, len(kinds), len(lengths))]
+    starts = [rng.integers(0, len(text) - n) for text, n in zip(chosen, lengths, strict=True)]
+    return [text[start : start + n] for text, start, n in zip(chosen, starts, lengths, strict=True)]
+
+
+def watched(kind: type) -> type:
+    """A scheduler that also writes down through which part of the layers prompts went."""
+
+    class Watched(kind):
+        layers_of: list = eqx.field(static=True, default_factory=list)
+
+        def act(self, state, x):
+            state, batch = kind.act(self, state, x)
+            if len(batch.decode) or batch.prefill:
+                self.layers_of.append(batch.layers)
+            return state, batch
+
+    return Watched
+
+
+@partial(jax.jit, static_argnums=3)
+def alone(model: Decoder, prompt: Int[Array, " P"], n: Int[Array, ""], most: int) -> Int[Array, " most"]:
+    """What the model says after the first n tokens of a prompt, greedily."""
+    state, logits = model.prefill(model.init(), prompt, n)
+
+    def one(carry, _):
+        state, token = carry
+        after, logits = model.step(state, token)
+        return (after, jnp.argmax(logits)), token
+
+    return lax.scan(one, (state, jnp.argmax(logits)), length=most)[1]
+
+
+@jax.jit
+def experts(model: Decoder, text: Int[Array, " T"]) -> Int[Array, "L T k"]:
+    """Which experts work on each token in each layer."""
+    return choose(trace(model, model.init(), text)[2], jnp.arange(2)).expert
+
+
+def loaded(model: Decoder, asks: list[Ask], sessions: int, scheduler: Scheduler) -> tuple[int, float, int]:
+    """Experts that all layers of all iterations load, the expectation by uniform routing, and answers that differ."""
+    live = Live(model, scheduler, sessions=sessions, record=True)
+    for ask in asks:
+        live.submit(ask)
+    while live.busy:
+        live.turn()
+    assert live.record is not None
+    pad = lambda tokens, size: np.pad(np.array(tokens, np.int32), (0, size - len(tokens)))
+    works, told, wrong = {}, {}, 0
+    for session in live.record.sessions:
+        prompt = session.ask.prompt
+        said = alone(model, pad(prompt, ROOM - MOST), jnp.int32(len(prompt)), MOST)
+        wrong += np.asarray(said)[: len(session.tokens)].tolist() != session.tokens
+        works[session.number] = np.asarray(experts(model, pad(prompt + session.tokens, ROOM)))
+        told[session.number] = 0
+    layers, total = len(model.layers), model.layers[0].router.shape[-1]  # pyright: ignore
+    count, expected = 0, 0.0
+    done, length = dict.fromkeys(works, 0), {s.number: len(s.ask.prompt) for s in live.record.sessions}
+    for (_, _, decoded, prompts, chunks), (low, high) in zip(live.record.log, scheduler.layers_of, strict=True):  # pyright: ignore
+        tokens = [works[i][:, length[i] + told[i]] for i in decoded]
+        spans = [works[i][:, done[i] : done[i] + chunk] for i, chunk in zip(prompts, chunks, strict=True)]
+        part = range(round(low * layers), round(high * layers))
+        for layer in range(layers):
+            here = [one[layer].ravel() for one in tokens] + [s[layer].ravel() for s in spans if layer in part]
+            used = np.concatenate(here) if here else np.zeros(0, int)
+            count += len(np.unique(used))
+            expected += total * (1 - (1 - 2 / total) ** (len(used) // 2))
+        for i in decoded:
+            told[i] += 1
+        for i, chunk in zip(prompts, chunks, strict=True):
+            done[i] += chunk if high == 1.0 else 0
+    return count, expected, wrong
 
 
 def grid(engine: Engine, size: Size, sustained, seeds: list[int]) -> str:

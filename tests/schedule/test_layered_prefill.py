@@ -14,6 +14,7 @@ from anabranch.schedule.workload import Workload
 def test_groups():
     assert [groups_for(n) for n in (1, 512, 513, 1024, 2048, 4096, 4097)] == [1, 1, 2, 2, 4, 8, 16]
     assert groups_for(10_000, most=4) == 4
+    assert [groups_for(n, unit=8) for n in (8, 9, 17, 64, 65)] == [1, 2, 4, 8, 16]
 
 
 def test_by_hand():

@@ -59,12 +59,6 @@ def requests(model):
     return load, prompts, answers
 
 
-@pytest.fixture(autouse=True)
-def small_groups(monkeypatch):
-    """Prompts as short as these go through the layers in several groups, too."""
-    monkeypatch.setattr("anabranch.schedule.layered_prefill.GROUPS", ((8, 1), (16, 2)))
-
-
 class Juggler(FCFS):
     """Sends whoever has decoded last away, after every third iteration."""
 
@@ -88,7 +82,7 @@ SCHEDULERS = {
     "fcfs": FCFS(),
     "orca": Orca(),
     "chunked": Chunked(chunk=16),
-    "layered": LayeredPrefill(layers=4, most=40),
+    "layered": LayeredPrefill(layers=4, most=40, unit=8),
     "time slices": TimeSlices(FixedShares((75.0, 25.0))),
     "andes": Andes(SLOW),
     "andes, made again": Andes(SLOW, swap=False),
@@ -307,7 +301,7 @@ def test_an_answer_ends_at_a_stop_at_its_limit_and_when_it_is_cancelled(model, r
 def test_a_prompt_on_its_way_through_the_layers_ends_with_its_first_token(model, requests):
     _, prompts, _ = requests
     said = []
-    live = Live(model, LayeredPrefill(layers=4), sessions=2)
+    live = Live(model, LayeredPrefill(layers=4, unit=8), sessions=2)
     number = live.submit(Ask((prompts[1] * 2)[:50], 8), said.append)
     live.submit(Ask(prompts[0], 2))
     live.turn()

@@ -21,13 +21,14 @@ and `ranked` gives a cell that takes experts of other ranks:
     >>> bool(jnp.allclose(weak, streamed, atol=1e-5))
     False
 
-`load` gives trained weights (`training/moe_lm.py`): `"strong"`, whose experts were made to share the work evenly, and
-`"light"`, whose experts hardly were. Both read verse, Python and rows of a table of flights: held-out text at 2.4, 2.1
-and 1.1 bits a byte. Taken together, all experts have 0.09 to 0.16 of the work of their layer (strong) or 0.07 to 0.18
-(light), where 0.125 is even; of one kind of text alone, 0.002 to 0.4 in both, for experts come to know their kind.
+`load` gives trained weights (`training/moe_lm.py`): `"strong"`, whose experts were made to share the work evenly,
+`"light"`, whose experts hardly were, and `"wide"`, as strong with 16 experts. The first two read verse, Python and
+rows of a table of flights: held-out text at 2.4, 2.1 and 1.1 bits a byte. Taken together, all experts have 0.09 to
+0.16 of the work of their layer (strong) or 0.07 to 0.18 (light), where 0.125 is even; of one kind of text alone,
+0.002 to 0.4 in both, for experts come to know their kind.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -67,6 +68,8 @@ SIZES = Config(
     vocab=256, width=64, layers=4, heads=4, kv_heads=4, hidden=128, rope_base=10_000.0, context=128, experts=8, chosen=2
 )
 """Of the trained models: 870,000 weights, of which a token meets a third."""
+WIDE = replace(SIZES, experts=16)
+"""Of the one with more experts: 1.7 million weights."""
 
 
 def _expert(linears: tuple[Linear | Int8Linear, Linear | Int8Linear], x: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -190,12 +193,17 @@ def cast(model: MoELM, dtype: Any) -> MoELM:
     return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model)
 
 
+def sizes(name: str) -> Config:
+    """Of the trained weights of this name."""
+    return WIDE if name == "wide" else SIZES
+
+
 def load(name: str) -> MoELM:
-    """Trained weights: `"strong"` or `"light"`, by how much the experts were made to share the work evenly.
+    """Trained weights: `"strong"`, `"light"` or `"wide"`.
 
     Raises:
         FileNotFoundError: they are not there.
     """
-    shapes = eqx.filter_eval_shape(MoELM, key=jax.random.PRNGKey(0))
+    shapes = eqx.filter_eval_shape(MoELM, sizes(name), key=jax.random.PRNGKey(0))
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float16) if hasattr(x, "shape") else x, shapes)
     return cast(train.load(f"moe_lm:{name}", blank), jnp.float32)

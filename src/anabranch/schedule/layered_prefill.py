@@ -21,14 +21,14 @@ from anabranch.schedule.baselines import admit, batch, running
 from anabranch.schedule.cluster import Roofline, Work
 from anabranch.schedule.scheduler import PREFILLING, Scheduler, View
 
-GROUPS = ((512, 1), (1024, 2), (2048, 4), (4096, 8))
-"""Up to so many tokens, so many groups of layers; above, `MOST`."""
 MOST = 16
+"""Groups of layers."""
 
 
-def groups_for(tokens: int, most: int = MOST) -> int:
-    """In how many groups the layers are cut for so many tokens: about 512 tokens' work in each iteration."""
-    return min(most, next((groups for limit, groups in GROUPS if tokens <= limit), MOST))
+def groups_for(tokens: int, most: int = MOST, unit: int = 512) -> int:
+    """In how many groups the layers are cut for so many tokens: a power of two, so that an iteration has about the work
+    of `unit` tokens."""
+    return min(most, next((groups for groups in (1, 2, 4, 8) if tokens <= groups * unit), MOST))
 
 
 class Layered(NamedTuple):
@@ -51,6 +51,7 @@ class LayeredPrefill(Scheduler):
     Args:
         layers: of the model; there are no more groups than that.
         most: tokens of a set; a longer prompt goes in parts, one set after the other.
+        unit: tokens for whose work there is a group.
 
     Raises:
         ValueError: if a size is not positive.
@@ -60,9 +61,10 @@ class LayeredPrefill(Scheduler):
 
     layers: int = eqx.field(static=True, default=MOST)
     most: int = eqx.field(static=True, default=8192)
+    unit: int = eqx.field(static=True, default=512)
 
     def __check_init__(self):
-        for name in ("layers", "most"):
+        for name in ("layers", "most", "unit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -90,7 +92,7 @@ class LayeredPrefill(Scheduler):
             order = [slot for slot in order if x.status[slot] == PREFILLING]
         found = admit(x, order, free, min(self.most, x.max_tokens), seats, whole=False)
         tokens = np.array(list(found.values()), np.int64)
-        groups = groups_for(int(tokens.sum()), min(MOST, self.layers))
+        groups = groups_for(int(tokens.sum()), min(MOST, self.layers), self.unit)
         return Layered(0, groups, x.id[list(found)], tokens)
 
 

@@ -199,6 +199,8 @@ class Seats:
     def _take_prompts(
         self, prefill: Mapping[int, int], whole: bool, who: str
     ) -> tuple[list[int], list[int], list[bool]]:
+        if not prefill:
+            return [], [], []
         prompts, chunk = list(prefill), list(prefill.values())
         fresh = [int(self.status[slot]) == WAITING for slot in prompts]
         if self.index:
@@ -210,7 +212,7 @@ class Seats:
                 raise RuntimeError(f"{who} prefills what is not there")
             if not self.index:
                 self.hold(slot, before + count)
-        if self.index and prompts:
+        if self.index:
             chunk = self.fill(prompts, chunk, fresh, whole)
         for slot, begins in zip(prompts, fresh, strict=True):
             if begins:

@@ -66,6 +66,8 @@ class Striding(Seats):
 
     def lacking(self, k: int) -> int:
         """Blocks that k steps take."""
+        if k == 1:
+            return self.growth
         block = len(self._turns)
         rest = sum(self._turns[-(self.steps + i) % block] for i in range(k % block))
         return len(self.decoding) * (k // block) + rest
