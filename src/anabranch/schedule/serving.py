@@ -294,16 +294,16 @@ class _Simulation:
             if one.engine.role != "both":  # others may send it requests, or take some away
                 comes = min(comes, self.events[0][0] if self.events else np.inf)
             ends = ends[: int(ends.searchsorted(comes)) + 1]
-            over, k = float(ends[-1]), len(ends)
+            last, k = float(ends[-1]), len(ends)
             one.stride(ends)
             self.result.weight_bytes += k * cost.weight_bytes(work)
-            self.account(now, over, k)
-            self.at(over, partial(self.after, one, loop, now, [], view, batch))
+            self.account(now, last, k)
+            self.at(last, partial(self.after, one, loop, now, one.over(), view, batch))
             return True
         self.result.weight_bytes += cost.weight_bytes(work)
         if self.record:
-            tokens = (one.id[decode].tolist(), one.id[prompts].tolist(), taken.chunk)
-            self.result.log.append((one.number, now, *tokens))
+            ids = one.id[decode].tolist(), one.id[prompts].tolist()
+            self.result.log.append((one.number, now, *ids, taken.chunk))
         then = partial(self.end, one, loop, now, taken, view, batch)
         if len(one.loops) > 1:
             loop.work, loop.then, loop.extra, loop.left, loop.since = work, then, extra, 1.0, now
@@ -335,10 +335,13 @@ class _Simulation:
         if one.striding:
             for slot in slots:
                 self.result.emitted[self.ends[one.id[slot]] + one.tokens(slot) - 1] = now
-        elif slots:
-            self.result.emitted[self.result.ends[one.id[slots]] + one.generated[slots] - 1] = now
+            over = one.over()
+        else:
+            generated = one.generated[slots]
+            self.result.emitted[self.result.ends[one.id[slots]] + generated - 1] = now
+            over = [slot for slot, end in zip(slots, (generated >= one.output[slots]).tolist(), strict=True) if end]
         self.account(start, now, 1)
-        self.after(one, loop, start, slots, view, batch, now)
+        self.after(one, loop, start, over, view, batch, now)
 
     def account(self, start: float, end: float, iterations: int) -> None:
         self.result.busy += end - start
@@ -346,14 +349,9 @@ class _Simulation:
         self.result.seconds = max(self.result.seconds, end)
 
     def after(
-        self, one: _Running, loop: _Loop, start: float, decode: list[int], view: View, batch: Batch, now: float
+        self, one: _Running, loop: _Loop, start: float, over: list[int], view: View, batch: Batch, now: float
     ) -> None:
-        if one.striding:
-            over = one.over()
-        else:
-            over = [
-                slot for slot, ends in zip(decode, one.generated[decode] >= one.output[decode], strict=True) if ends
-            ]
+        """What comes next, when some have had their last token."""
         one.leave(sorted(over))
         if one.engine.role == "prefill":
             for slot in list(one.decoding):
