@@ -218,4 +218,4 @@ def test_the_record_of_the_trained_weights_tells_what_they_know_of_the_past():
     short, long = (gate()[f"{n} frames"] for n in (64, 192))
     assert np.mean([short[kind] for kind in NOW]) >= 0.9
     assert min(short[kind] for kind in ("back 1", "back 2", "back 3", "count", "seen")) >= 0.8
-    assert np.mean(list(long.values())) >= 0.75
+    assert min(long.values()) >= 0.75

@@ -25,9 +25,9 @@ where the place is (0, 0). Where a memory is `compact`, ticks of which nothing i
 
 `load()` gives the trained weights (`training/video_qa.py`), which were never shown more than 64 frames at once; in the
 last stages these were taken out of streams three or four times as long. Asked at the end of streams of 64 and of 192
-frames of other handwriting, and remembering all, they name 98 and 96 % of digits that are there, 97 and 94 % of those a
-scene ago and 93 and 88 % of those three scenes ago, find 91 % of quadrants, and count 90 and 72 % right
-(`keep.video.gate`). In 192 frames these are mostly digits never shown: those shown four times are counted as three.
+frames of other handwriting, and remembering all, they name 97 and 96 % of digits that are there, 97 and 93 % of those a
+scene ago and 88 and 91 % of those three scenes ago, find 90 % of quadrants, and count 92 and 77 % right
+(`keep.video.gate`).
 """
 
 import itertools
