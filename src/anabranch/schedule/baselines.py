@@ -21,14 +21,9 @@ def running(view: View) -> tuple[Sequence[int], list[int], int]:
     left = view.free_blocks - view.growth
     if len(view.decoding) <= view.max_seqs and left >= 0:
         return view.decoding, [], left
-    slots = np.array(sorted(view.decoding, key=view.id.__getitem__))
+    slots = np.array(sorted(view.decoding, key=view.id.__getitem__)[: view.max_seqs])
     more = np.maximum(view.need(view.done[slots] + 1) - view.blocks[slots], 0)
-    slots, more, keep, free = (
-        slots[: view.max_seqs],
-        more[: view.max_seqs],
-        min(len(slots), view.max_seqs),
-        view.free_blocks,
-    )
+    keep, free = len(slots), view.free_blocks
     while keep > 1 and more[:keep].sum() > free + view.own[slots[keep:]].sum():
         keep -= 1
     left = int(free + view.own[slots[keep:]].sum() - more[:keep].sum())
