@@ -181,13 +181,17 @@ class Wrong(Scheduler):
     what: str = ""
 
     def act(self, state, x):
-        return state, Batch([0] if self.what == "decode" else [], {0: 10**6} if self.what == "prefill" else {})
+        if self.what == "twice":
+            return state, Batch([*x.decoding, *x.decoding], {slot: int(x.prompt[slot]) for slot in x.prompts})
+        decode, prefill = [0] if self.what == "decode" else [], {0: 10**6} if self.what == "prefill" else {}
+        return state, Batch(decode, prefill, {5: SWAP} if self.what == "preempt" else {})
 
 
 @pytest.mark.parametrize(
     "what, said",
     [
         ("prefill", "Wrong prefills what is not there"), ("decode", "Wrong decodes what is not prefilled"),
+        ("twice", "Wrong decodes a request twice"), ("preempt", "preempts slot 5 of engine 0, which holds none"),
         ("", "Wrong leaves 2 requests"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from jaxtyping import Float64, Int64
 from anabranch.keep.blocks import PrefixIndex
 from anabranch.schedule.scheduler import (
     DECODING,
+    DONE,
     EMPTY,
     PREFILLING,
     RECOMPUTE,
@@ -173,8 +174,14 @@ class Seats:
             self.free = self.index.available
 
     def preempt(self, how: Mapping[int, int]) -> None:
-        """Take the cache from some requests: it is kept elsewhere, or to be made again."""
+        """Take the cache from some requests: it is kept elsewhere, or to be made again.
+
+        Raises:
+            RuntimeError: if a slot holds no request that has one.
+        """
         for slot, way in how.items():
+            if int(self.status[slot]) in (EMPTY, DONE):
+                raise RuntimeError(f"the scheduler preempts slot {slot} of engine {self.number}, which holds none")
             self.preempted[slot] += 1
             if way == RECOMPUTE:
                 left = max(0, int(self.prompt[slot] - self.done[slot]))
@@ -223,6 +230,8 @@ class Seats:
         """Returns those whose caches come back."""
         if not len(decode):
             return []
+        if len(set(decode)) < len(decode):
+            raise RuntimeError(f"{who} decodes a request twice")
         slots = np.asarray(decode, np.int64)
         back = slots[self.status[slots] != DECODING].tolist()
         for slot in back:
